@@ -1,0 +1,36 @@
+# Every target sets up what it needs in .venv and skips what is already there.
+PYTHON ?= python3
+BIN := .venv/bin
+export RAY_USAGE_STATS_ENABLED := 0
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test check bench clean
+
+# Fine-tune on two workers, merge, serve, and ask held-out questions over HTTP.
+demo: .venv/installed
+	$(BIN)/python -m training.demo
+
+# Everything that must hold: check, then all tests.
+test: check
+	$(BIN)/python -m pytest -q
+
+# Format, lint, types, import rules, and that every shipped TOML loads.
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_configs.py
+
+# Measurements with results kept in tests/benchmarks/results.
+bench: .venv/installed
+	$(BIN)/python -m tests.benchmarks.demo
+
+clean:
+	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "Python 3.11 to 3.13 is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv || { apt-get install -y python3-venv && $(PYTHON) -m venv .venv; }
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,117 @@
+"""A Ray head node of one's own on this machine: own ports, own folder, own token, and nothing left when it stops."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+START_SECONDS = 60.0
+STOP_SECONDS = 15.0
+OBJECT_STORE_BYTES = 200_000_000
+
+PORT_FLAGS = (
+    "--port",
+    "--dashboard-port",
+    "--ray-client-server-port",
+    "--dashboard-agent-listen-port",
+    "--dashboard-agent-grpc-port",
+    "--runtime-env-agent-port",
+    "--metrics-export-port",
+)
+
+
+@dataclass(frozen=True)
+class LocalRay:
+    """A running head node. `environment` is what a process needs to join it."""
+
+    address: str
+    dashboard: str
+    folder: Path
+    environment: dict[str, str]
+
+
+@contextmanager
+def local_ray(cpus: int) -> Iterator[LocalRay]:
+    """Start a head node with `cpus` logical CPUs; stop it, with everything it started, when the block ends.
+
+    Raises:
+        RuntimeError: Ray does not come up; the message holds what it printed.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="rs-"))
+    ports = dict(zip(PORT_FLAGS, free_ports(len(PORT_FLAGS)), strict=True))
+    address = f"127.0.0.1:{ports['--port']}"
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(Path.cwd()), os.environ.get("PYTHONPATH")))),
+    }
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", str(cpus)]
+    command += ["--node-ip-address", "127.0.0.1", "--temp-dir", str(folder), "--include-dashboard", "true"]
+    command += ["--object-store-memory", str(OBJECT_STORE_BYTES)]
+    command += [f"{flag}={port}" for flag, port in ports.items()]
+    log = folder / "start.log"
+    with log.open("wb") as output:
+        head = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+    joined = {**environment, "RAY_ADDRESS": address}
+    try:
+        _wait_until_up(head, (ports["--port"], ports["--dashboard-port"]), log)
+        yield LocalRay(address, f"http://127.0.0.1:{ports['--dashboard-port']}", folder, joined)
+    finally:
+        stop_tree(head)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports of the loopback address that nothing listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in sockets]
+    finally:
+        for probe in sockets:
+            probe.close()
+
+
+def stop_tree(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all its descendants: politely, and after `STOP_SECONDS` for good."""
+    try:
+        family = [psutil.Process(process.pid)]
+        family += family[0].children(recursive=True)
+    except psutil.NoSuchProcess:
+        return
+    process.send_signal(signal.SIGTERM)
+    psutil.wait_procs(family[:1], timeout=STOP_SECONDS)
+    _, alive = psutil.wait_procs(family, timeout=2.0)
+    for survivor in alive:
+        survivor.kill()
+    psutil.wait_procs(alive, timeout=5.0)
+    process.wait()
+
+
+def _wait_until_up(head: subprocess.Popen[bytes], ports: tuple[int, ...], log: Path) -> None:
+    end = time.monotonic() + START_SECONDS
+    waiting = list(ports)
+    while waiting:
+        if head.poll() is not None or time.monotonic() > end:
+            raise RuntimeError(f"Ray did not start:\n{log.read_text(errors='replace')[-2000:]}")
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", waiting[0])) == 0:
+                waiting.pop(0)
+            else:
+                time.sleep(0.2)

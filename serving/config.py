@@ -1,0 +1,121 @@
+"""Settings of an endpoint: the checkpoint, the address, how much a replica takes on, how many replicas there are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from cluster.config import Config
+from cluster.harmony import Effort
+
+
+class ModelConfig(Config):
+    """The merged checkpoint that is served."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """checkpoint folder in Hugging Face layout (MXFP4, bf16 or fp32 weights), reachable from every replica's node"""
+    name: Annotated[str, Field(min_length=1)] | None = None
+    """id that clients ask for as `model`; without one, the name of the folder"""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """precision of the weights in memory; packed experts are dequantised to it on load"""
+
+    @property
+    def served_name(self) -> str:
+        """The id that clients see."""
+        return self.name or Path(self.path).name
+
+
+class EndpointConfig(Config):
+    """Where the application listens."""
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """address that Serve's proxies bind; 0.0.0.0 opens the endpoint to other machines"""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """TCP port that Serve's proxies bind"""
+    application: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "raysoner"
+    """name of the Serve application; the same name again replaces what runs under it"""
+
+
+class EngineConfig(Config):
+    """What one replica computes and holds at a time."""
+
+    maximum_concurrent: PositiveInt = 16
+    """sequences that advance together in one forward pass; more wait for their turn"""
+    maximum_batch_tokens: PositiveInt = 512
+    """tokens of one forward pass over all sequences; a longer prompt is read in several passes"""
+    maximum_cached_tokens: PositiveInt = 32768
+    """tokens whose keys and values are kept, over all sequences; this bounds the cache's memory"""
+    maximum_output_tokens: PositiveInt = 4096
+    """most tokens, thinking included, that a request may ask for"""
+    default_output_tokens: PositiveInt = 2048
+    """tokens that a request gets that does not ask"""
+
+
+class ReplicasConfig(Config):
+    """Copies of the model, and when Ray Serve adds or removes one."""
+
+    minimum: PositiveInt = 1
+    """replicas that always run"""
+    maximum: PositiveInt = 1
+    """replicas under load"""
+    cpus: PositiveInt = 1
+    """CPUs of each replica; also its number of CPU threads when it has no GPU"""
+    gpus: Annotated[int, Field(ge=0, le=1)] = 1
+    """GPUs of each replica; 0 serves on CPU"""
+    target_ongoing_requests: PositiveFloat = 16
+    """requests in progress per replica that autoscaling aims at"""
+    maximum_ongoing_requests: PositiveInt = 128
+    """requests one replica holds, waiting ones included; further ones queue in Serve's proxy"""
+    graceful_shutdown_seconds: NonNegativeFloat = 600
+    """how long a replica that is being removed may finish its requests; no less than the longest generation takes"""
+
+
+class LimitsConfig(Config):
+    """What a request may bring. More is answered with an error, never cut."""
+
+    prompt_tokens: PositiveInt = 8192
+    """longest prompt, in tokens, with Harmony's own"""
+    messages: PositiveInt = 256
+    """most messages in one request"""
+    body_bytes: PositiveInt = 1_048_576
+    """largest request body"""
+
+
+class ServingConfig(Config):
+    """An endpoint, from a merged checkpoint to replicas behind one address."""
+
+    model: ModelConfig
+    endpoint: EndpointConfig = EndpointConfig()
+    engine: EngineConfig = EngineConfig()
+    replicas: ReplicasConfig = ReplicasConfig()
+    limits: LimitsConfig = LimitsConfig()
+    default_effort: Effort = "medium"
+    """reasoning effort of a request that names none: low, medium or high"""
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt and the longest answer together."""
+        return self.limits.prompt_tokens + self.engine.maximum_output_tokens
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ServingConfig:
+        engine, replicas = self.engine, self.replicas
+        if engine.default_output_tokens > engine.maximum_output_tokens:
+            raise ValueError("engine.default_output_tokens must not exceed engine.maximum_output_tokens")
+        if engine.maximum_batch_tokens < engine.maximum_concurrent:
+            raise ValueError("engine.maximum_batch_tokens must be at least engine.maximum_concurrent: a token for each")
+        if engine.maximum_cached_tokens < self.longest_sequence:
+            raise ValueError(
+                "engine.maximum_cached_tokens must hold one whole request: at least limits.prompt_tokens + "
+                f"engine.maximum_output_tokens = {self.longest_sequence}"
+            )
+        if replicas.minimum > replicas.maximum:
+            raise ValueError("replicas.minimum must not exceed replicas.maximum")
+        if replicas.maximum_ongoing_requests < max(engine.maximum_concurrent, replicas.target_ongoing_requests):
+            raise ValueError(
+                "replicas.maximum_ongoing_requests must be at least engine.maximum_concurrent and "
+                "replicas.target_ongoing_requests, or a replica could never be full"
+            )
+        return self

@@ -1,0 +1,176 @@
+"""Puts an application on a Ray cluster, or on a local Ray of its own, and takes it off again."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+
+import cluster
+import serving
+from cluster.config import ConfigError
+from serving.app import build
+from serving.config import EndpointConfig, ReplicasConfig, ServingConfig
+
+_ANY_ADDRESS = ("0.0.0.0", "::")
+_OUR_ERRORS = "CheckpointError|EngineError|MemoryError"
+
+
+def deploy(config: ServingConfig) -> int:
+    """Deploys, and waits until the application runs or has failed; prints which. Returns the exit status.
+
+    On the cluster that RAY_ADDRESS names the application goes on running; without one, it runs on a Ray started here,
+    until Ctrl-C.
+
+    Raises:
+        ConfigError: the address cannot be had, or this machine has not what a replica needs.
+    """
+    # Replicas run in other folders than this process: only an absolute path means the same to them.
+    path = str(Path(config.model.path).absolute())
+    config = config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+    if "RAY_ADDRESS" in os.environ:
+        return _deploy_on_cluster(config)
+    return _deploy_locally(config)
+
+
+def stop(config: ServingConfig) -> int:
+    """Deletes the application from the cluster that RAY_ADDRESS names. Returns the exit status.
+
+    Raises:
+        ConfigError: RAY_ADDRESS is not set.
+    """
+    if "RAY_ADDRESS" not in os.environ:
+        raise ConfigError("RAY_ADDRESS names no cluster; an endpoint on a local Ray ends with Ctrl-C where it runs")
+    name = config.endpoint.application
+    _connect_to_cluster()
+    try:
+        if name not in serve.status().applications:
+            print(f"no application {name} runs on this cluster", file=sys.stderr)
+            return 1
+        try:
+            serve.delete(name)
+        except TimeoutError:
+            print(f"{name} takes no more requests and ends when its present ones are done")
+            return 0
+        print(f"{name} is gone")
+        return 0
+    finally:
+        ray.shutdown()
+
+
+def _deploy_on_cluster(config: ServingConfig) -> int:
+    _connect_to_cluster()
+    try:
+        if serve.status().proxies:
+            _require_served(config.endpoint)
+        else:
+            _require_free(config.endpoint)
+        return _run(config)
+    finally:
+        ray.shutdown()
+
+
+def _deploy_locally(config: ServingConfig) -> int:
+    _require_free(config.endpoint)
+    if not Path(config.model.path).is_dir():
+        raise ConfigError(f"model.path {config.model.path}: no such folder; give that of a merged checkpoint")
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        _require_resources(config.replicas)
+        status = _run(config)
+        if status == 0:
+            print("Ctrl-C stops it", flush=True)
+            signal.pause()
+        return status
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _connect_to_cluster() -> None:
+    """Joins the cluster of RAY_ADDRESS, and brings along the two packages that its workers import."""
+    packages = [str(Path(str(module.__file__)).parent) for module in (cluster, serving)]
+    try:
+        ray.init(runtime_env={"py_modules": packages}, log_to_driver=False, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise ConfigError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray cluster answers there") from error
+
+
+def _run(config: ServingConfig) -> int:
+    endpoint = config.endpoint
+    serve.start(http_options=HTTPOptions(host=endpoint.host, port=endpoint.port))
+    try:
+        serve.run(build(config.model_dump(mode="json")), name=endpoint.application, route_prefix="/")
+    except RuntimeError as error:
+        print(f"{endpoint.application} was not deployed: {_reason(endpoint.application, error)}", file=sys.stderr)
+        return 1
+    print(f"{endpoint.application} serves {config.model.served_name} at {_url(endpoint)}/v1", flush=True)
+    return 0
+
+
+def _reason(application: str, error: RuntimeError) -> str:
+    """Why replicas did not start: the sentence of our own exception in Serve's trace, or else the whole trace."""
+    status = serve.status().applications.get(application)
+    deployments = status.deployments.values() if status else ()
+    trace = "\n".join([str(error), *(deployment.message for deployment in deployments)])
+    ours = re.findall(rf"^(?:[\w.]+\.)?(?:{_OUR_ERRORS}): (.+)$", trace, re.MULTILINE)
+    return str(ours[-1]) if ours else trace
+
+
+def _require_free(endpoint: EndpointConfig) -> None:
+    """Raises ConfigError unless Serve can bind the address; without the check its proxy fails in a log of its own."""
+    family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((endpoint.host, endpoint.port))
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            reason = "something listens there already" if taken else f"it cannot be bound ({error.strerror})"
+            raise ConfigError(
+                f"{endpoint.host}:{endpoint.port}: {reason}; choose another with --endpoint.host and --endpoint.port"
+            ) from error
+
+
+def _require_served(endpoint: EndpointConfig) -> None:
+    """Raises ConfigError unless this cluster's Serve, which already runs, listens on the address."""
+    try:
+        routes = httpx.get(f"{_url(endpoint)}/-/routes", timeout=10.0).json()
+        served = isinstance(routes, dict)
+    except (httpx.TransportError, ValueError):
+        served = False
+    if not served:
+        raise ConfigError(
+            f"{endpoint.host}:{endpoint.port}: this cluster's Serve already runs on another address, and has only one; "
+            "give that with --endpoint.host and --endpoint.port"
+        )
+
+
+def _require_resources(replicas: ReplicasConfig) -> None:
+    """Raises ConfigError if the first replica could never start here; a cluster may grow, a local Ray does not."""
+    here: dict[str, Any] = ray.cluster_resources()
+    for name, field, wanted in (("CPU", "cpus", replicas.cpus), ("GPU", "gpus", replicas.gpus)):
+        total = int(here.get(name, 0))
+        if replicas.minimum * wanted > total:
+            raise ConfigError(
+                f"replicas.minimum * replicas.{field} = {replicas.minimum * wanted}, but this machine has {total} "
+                f"{name}; lower them, or set RAY_ADDRESS to a cluster that has more"
+            )
+
+
+def _url(endpoint: EndpointConfig) -> str:
+    host = "127.0.0.1" if endpoint.host in _ANY_ADDRESS else endpoint.host
+    return f"http://[{host}]:{endpoint.port}" if ":" in host else f"http://{host}:{endpoint.port}"

@@ -1,0 +1,81 @@
+"""Command line of training: `python -m training run | merge`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from cluster.artifacts import ArtifactError
+from cluster.config import ConfigError, ConfigParser
+from training.config import TrainingConfig
+from training.data.conversations import DataError
+
+USAGE = """usage: python -m training VERB [flags]
+
+  run     fine-tune gpt-oss with LoRA on a Ray cluster, or resume a run
+  merge   fold an adapter into its base and write a bf16 checkpoint
+
+`python -m training VERB --help` lists the flags of a verb."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run one verb; returns the exit code: 0 done, 1 failed, 2 something that the user can mend."""
+    verbs = {"run": _run, "merge": _merge}
+    if not arguments or arguments[0] not in verbs:
+        print(USAGE, file=sys.stdout if arguments[:1] in (["-h"], ["--help"]) else sys.stderr)
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    try:
+        return verbs[arguments[0]](arguments[1:])
+    except (ConfigError, DataError, ArtifactError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: list[str]) -> int:
+    parser = ConfigParser(
+        TrainingConfig, prog="python -m training run", description="Fine-tune gpt-oss with LoRA through Ray Train."
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and the plan, and exit"
+    )
+    config, flags = parser.load(TrainingConfig, arguments)
+
+    from training.plan import make_plan
+
+    plan = make_plan(config)
+    if flags.dry_run:
+        print(json.dumps(config.model_dump(mode="json"), indent=2))
+        print(plan)
+        return 0
+    print(plan, flush=True)
+
+    from ray.train import TrainingFailedError
+
+    from training.driver import run
+
+    try:
+        adapter = run(config)
+    except TrainingFailedError as error:
+        print(f"error: training failed: {error}", file=sys.stderr)
+        return 1
+    print(f"adapter   {adapter}")
+    return 0
+
+
+def _merge(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m training merge", description="Fold an adapter into its base.")
+    parser.add_argument("--adapter", required=True, help="folder of a finished adapter, e.g. RUN/adapter")
+    parser.add_argument("--base", help="checkpoint folder of the base (default: the one the adapter was trained on)")
+    parser.add_argument("--out", required=True, help="folder of the merged checkpoint")
+    flags = parser.parse_args(arguments)
+
+    from training.merge import merge
+
+    merge(flags.adapter, flags.out, base=flags.base)
+    print(f"merged    {flags.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,157 @@
+"""Runs a fine-tuning run on a Ray cluster: preflight, Ray Train, and the adapter that comes out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import ray
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from cluster.artifacts import MANIFEST, publish, write_manifest
+from cluster.config import ConfigError
+from training.callbacks import CHECKPOINT_FOLDER
+from training.config import TrainingConfig
+from training.worker import train_loop
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+WORKER_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "TOKENIZERS_PARALLELISM": "false"}
+"""with Ray's print patch every line of a worker reaches the driver twice"""
+PACKAGES = ("ray", "torch", "transformers", "trl", "peft")
+RESUMABLE = frozenset(
+    {("run", "logging_steps"), ("run", "keep_checkpoints"), ("run", "tracker"), ("workers", "retries")}
+)
+"""settings that may differ when a run is resumed; any other would make two halves of one run disagree"""
+
+
+def run(config: TrainingConfig) -> Path:
+    """Train, or resume the run of this name, and return the folder of the finished adapter.
+
+    Raises:
+        ConfigError: the cluster lacks what the run asks for, or the name belongs to a run with other settings.
+        ray.train.TrainingFailedError: a worker failed more often than `workers.retries`.
+    """
+    config = locate(config)
+    folder = Path(config.run.storage) / config.run.name
+    adapter = folder / "adapter"
+    _claim(folder, config)
+    if (adapter / MANIFEST).is_file():
+        return adapter
+    connect()
+    check_resources(config, ray.cluster_resources())
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config=config.model_dump(mode="json"),
+        scaling_config=ScalingConfig(
+            num_workers=config.workers.count,
+            use_gpu=config.workers.gpus > 0,
+            resources_per_worker=resources_per_worker(config),
+        ),
+        run_config=RunConfig(
+            name=config.run.name,
+            storage_path=config.run.storage,
+            failure_config=FailureConfig(max_failures=config.workers.retries),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.run.keep_checkpoints),
+            logging_config=LoggingConfig(log_level="WARNING"),
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        ),
+    )
+    result = trainer.fit()
+    if result.checkpoint is None:
+        raise RuntimeError("the run ended without a checkpoint")
+    with result.checkpoint.as_directory() as checkpoint, publish(adapter) as scratch:
+        for name in ADAPTER_FILES:
+            pyarrow.fs.copy_files(str(Path(checkpoint) / CHECKPOINT_FOLDER / name), str(scratch / name))
+        details = {"config": config.model_dump(mode="json"), "metrics": result.metrics, "versions": _versions()}
+        write_manifest(scratch, "adapter", config.model.path, details)
+    return adapter
+
+
+def locate(config: TrainingConfig) -> TrainingConfig:
+    """The configuration with paths that hold in every process.
+
+    Storage becomes absolute. Inside a Ray job every process stands in its copy of the working directory, so the
+    others may stay relative; elsewhere they become absolute too.
+    """
+    storage = config.run.storage
+    run = config.run.model_copy(update={"storage": storage if "://" in storage else _absolute(storage)})
+    if inside_job():
+        return config.model_copy(update={"run": run})
+    data = {
+        name: _absolute(path) for name in ("train", "evaluation") if (path := getattr(config.data, name)) is not None
+    }
+    return config.model_copy(
+        update={
+            "run": run,
+            "data": config.data.model_copy(update=data),
+            "model": config.model.model_copy(update={"path": _absolute(config.model.path)}),
+        }
+    )
+
+
+def connect() -> None:
+    """Join the cluster of `RAY_ADDRESS` or of this job, or start one on this machine that ends with this process."""
+    if ray.is_initialized():
+        return
+    environment = {} if inside_job() else {"env_vars": {"PYTHONPATH": str(Path.cwd())}}
+    ray.init(runtime_env=environment, logging_level=logging.WARNING)
+
+
+def inside_job() -> bool:
+    """This process is the entry point of `ray job submit`."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def resources_per_worker(config: TrainingConfig) -> dict[str, float]:
+    """What Ray reserves for each worker."""
+    gpus = {"GPU": float(config.workers.gpus)} if config.workers.gpus else {}
+    return {"CPU": float(config.workers.cpus), **gpus}
+
+
+def check_resources(config: TrainingConfig, cluster: dict[str, float]) -> None:
+    """Say what the cluster lacks, instead of waiting for it without end.
+
+    Raises:
+        ConfigError: the workers together need more CPUs or GPUs than all nodes have.
+    """
+    for kind, each in resources_per_worker(config).items():
+        needed, there = each * config.workers.count, cluster.get(kind, 0.0)
+        if needed > there:
+            raise ConfigError(
+                f"workers.count = {config.workers.count} with {each:g} {kind} each needs {needed:g} {kind}, and the "
+                f"cluster has {there:g}: start more nodes, or lower workers.count or workers.{kind.lower()}s"
+            )
+
+
+def _claim(folder: Path, config: TrainingConfig) -> None:
+    """Save the resolved configuration, or hold it against the one that the run of this name began with."""
+    path = folder / "config.json"
+    wanted = config.model_dump(mode="json")
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+        return
+    began = json.loads(path.read_text(encoding="utf-8"))
+    for section, values in wanted.items():
+        for key, value in values.items():
+            before = began.get(section, {}).get(key)
+            if before != value and (section, key) not in RESUMABLE:
+                raise ConfigError(
+                    f"the run {config.run.name} in {config.run.storage} began with {section}.{key} = {before!r}, not "
+                    f"{value!r}: give another run.name, or remove {folder} to begin again"
+                )
+
+
+def _versions() -> dict[str, Any]:
+    return {package: version(package) for package in PACKAGES}
+
+
+def _absolute(path: str) -> str:
+    expanded = Path(path).expanduser()
+    return str(expanded.resolve()) if expanded.exists() or path.startswith(("/", ".", "~")) else path

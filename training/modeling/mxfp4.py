@@ -1,0 +1,67 @@
+"""MXFP4: blocks of 32 four-bit floats (E2M1) that share one power-of-two scale (E8M0).
+
+Format: OCP Microscaling Formats (MX) Specification v1.0, sections 5.2 and 6.3. Layout: OpenAI's gpt-oss checkpoints,
+where a tensor of E experts is stored transposed, its blocks along the input dimension, the even index in the low
+nibble. Shape legend: E experts, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+import torch
+
+BLOCK = 32
+"""values that share a scale"""
+
+SCALE_BIAS = 127
+"""a stored scale byte s stands for 2^(s - 127)"""
+
+VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""E2M1 by code 0 … 15"""
+
+_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+_LARGEST_EXPONENT = 2
+
+
+def dequantise(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Packed experts as ordinary weights, bit-equal to transformers' `convert_moe_packed_tensors`.
+
+    Args:
+        blocks: uint8 [E, O, I/32, 16], two codes a byte.
+        scales: uint8 [E, O, I/32].
+        dtype: of the result; bf16 and fp32 hold every MXFP4 value exactly.
+
+    Returns:
+        [E, I, O], as `GptOssExperts` multiplies it.
+    """
+    table = torch.tensor(VALUES, dtype=dtype, device=blocks.device)
+    codes = torch.stack((blocks & 0x0F, blocks >> 4), dim=-1).flatten(-2)
+    exponents = scales.to(torch.int32).unsqueeze(-1) - SCALE_BIAS
+    weights = torch.ldexp(table[codes.int()], exponents)
+    return weights.flatten(-2).transpose(1, 2).contiguous()
+
+
+def quantise(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [E, I, O] to the nearest MXFP4 `(blocks, scales)`; I must be a multiple of 32.
+
+    The scale is the specification's: the exponent of the block's largest magnitude less that of the largest E2M1
+    value (section 6.3). Ties round to the even code.
+    """
+    experts, inputs, outputs = weights.shape
+    if inputs % BLOCK:
+        raise ValueError(f"MXFP4 needs the input dimension to be a multiple of {BLOCK}, not {inputs}")
+    grouped = weights.detach().float().transpose(1, 2).reshape(experts, outputs, inputs // BLOCK, BLOCK)
+    largest = grouped.abs().amax(dim=-1)
+    exponents = torch.frexp(largest).exponent - 1 - _LARGEST_EXPONENT
+    exponents = torch.where(largest > 0, exponents, 0).clamp(-SCALE_BIAS, SCALE_BIAS)
+    codes = _nearest_codes(torch.ldexp(grouped, -exponents.unsqueeze(-1)))
+    blocks = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return blocks.contiguous(), (exponents + SCALE_BIAS).to(torch.uint8).contiguous()
+
+
+def _nearest_codes(scaled: torch.Tensor) -> torch.Tensor:
+    midpoints = torch.tensor(_MIDPOINTS, dtype=scaled.dtype, device=scaled.device)
+    magnitude = scaled.abs().contiguous()
+    below = torch.bucketize(magnitude, midpoints, right=False)
+    above = torch.bucketize(magnitude, midpoints, right=True)
+    even = torch.where(below % 2 == 0, below, above)
+    return (even + 8 * (scaled < 0)).to(torch.uint8)
