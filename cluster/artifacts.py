@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
 
 from cluster.model import ModelShape
 
 MANIFEST = "manifest.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
 class ArtifactError(ValueError):
@@ -62,7 +64,7 @@ def read_manifest(folder: Path, kind: Literal["adapter", "checkpoint"]) -> Manif
     except ValidationError as error:
         raise ArtifactError(f"{path} cannot be read ({error.errors()[0]['msg']}); make the {kind} again") from None
     if manifest.kind != kind:
-        raise ArtifactError(f"{folder} is a {manifest.kind}, and a {kind} was asked for")
+        raise ArtifactError(f"{folder} is of kind {manifest.kind}, and {kind} was asked for")
     for name, expected in manifest.files.items():
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder / name} is missing though {MANIFEST} lists it; make the {kind} again")
@@ -93,10 +95,7 @@ def publish(target: Path) -> Iterator[Path]:
         for path in scratch.iterdir():
             path.chmod(0o644)
         if target.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.rename(target, retired / target.name)
-            os.rename(scratch, target)
-            shutil.rmtree(retired)
+            _replace(target, scratch)
         else:
             os.rename(scratch, target)
     except BaseException:
@@ -107,56 +106,86 @@ def publish(target: Path) -> Iterator[Path]:
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Which safetensors file of a checkpoint folder holds which tensor, read from the files' own headers.
 
+    As in transformers, an index of shards counts only where there is no `model.safetensors`.
+
     Raises:
-        ArtifactError: there are no safetensors, the index names a file that is missing, or a header is cut off.
+        ArtifactError: there are no safetensors, the index cannot be read, a file is missing or damaged, or one lacks
+            a tensor that the index says it holds.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    index = folder / INDEX
+    if (folder / WEIGHTS).is_file():
+        promised: dict[str, list[str]] = {WEIGHTS: []}
+    elif index.is_file():
+        promised = _read_index(index)
     else:
-        names = ["model.safetensors"]
+        raise ArtifactError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; copy the checkpoint again")
     files: dict[str, Path] = {}
-    for name in names:
+    for name, tensors in promised.items():
         path = folder / name
         if not path.is_file():
-            reason = f"{index.name} lists it" if index.is_file() else "there is no index of shards either"
-            raise ArtifactError(f"{path} is missing ({reason}); copy the checkpoint again")
-        files |= dict.fromkeys(_safetensors_header(path), path)
+            raise ArtifactError(f"{path} is missing: {index} says it holds {some_of(tensors)}; copy it again")
+        present = _tensors_in(path)
+        missing = sorted(set(tensors) - present)
+        if missing:
+            raise ArtifactError(f"{path} lacks {some_of(missing)}, which {index} says it holds; copy it again")
+        files |= dict.fromkeys(present, path)
     return files
 
 
 def check_checkpoint(folder: str | Path) -> ModelShape:
-    """The shape of a gpt-oss checkpoint folder that holds every tensor it should.
+    """The shape of a gpt-oss checkpoint folder that holds every tensor it should. Reads file headers only.
 
     Raises:
-        ArtifactError: a file or a tensor is missing; the message names the first.
-        ValueError: `config.json` is missing or describes no gpt-oss.
+        ArtifactError: a file or a tensor is missing, or `config.json` describes no gpt-oss; the message names it.
     """
     folder = Path(folder)
-    shape = ModelShape.from_folder(folder)
+    try:
+        shape = ModelShape.from_folder(folder)
+    except ValueError as error:
+        raise ArtifactError(str(error)) from None
     missing = sorted(shape.tensor_names() - set(tensor_files(folder)))
     if missing:
-        more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise ArtifactError(f"{folder} lacks the tensor {missing[0]}{more}; copy the checkpoint again")
+        raise ArtifactError(f"{folder} has no weights for {some_of(missing)}; copy the checkpoint again")
     if not (folder / "tokenizer.json").is_file():
         raise ArtifactError(f"{folder / 'tokenizer.json'} is missing; copy it from the base model")
     return shape
 
 
-def _safetensors_header(path: Path) -> list[str]:
-    """Tensor names of a safetensors file (https://github.com/huggingface/safetensors, section Format)."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if 8 + length > size:
-            raise ArtifactError(f"{path} is cut off or no safetensors file; copy it again")
-        header = json.loads(stream.read(length))
-    end = (
-        8
-        + length
-        + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    )
-    if end > size:
-        raise ArtifactError(f"{path} is cut off: {size} bytes of {end}; copy it again")
-    return [name for name in header if name != "__metadata__"]
+def some_of(names: list[str]) -> str:
+    """The first two of `names`, and how many more there are."""
+    rest = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(names[:2]) + rest
+
+
+def _replace(target: Path, scratch: Path) -> None:
+    """Put `scratch` where `target` stands; when that fails, `target` stands there again."""
+    retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent)) / target.name
+    try:
+        os.rename(target, retired)
+        os.rename(scratch, target)
+    except BaseException:
+        if retired.exists():
+            os.rename(retired, target)
+        retired.parent.rmdir()
+        raise
+    shutil.rmtree(retired.parent)
+
+
+def _read_index(index: Path) -> dict[str, list[str]]:
+    """File name → the tensors that an index of shards promises in it."""
+    promised: dict[str, list[str]] = {}
+    try:
+        for tensor, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            promised.setdefault(os.fspath(name), []).append(tensor)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{index} is no index of safetensors ({error!r}); copy it again") from None
+    return promised
+
+
+def _tensors_in(path: Path) -> set[str]:
+    """Tensor names of a safetensors file whose header and length agree."""
+    try:
+        with safe_open(path, framework="np") as tensors:
+            return set(tensors.keys())
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} cannot be read, it may be cut short ({error}); copy it again") from None

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 START_SECONDS = 60.0
-STOP_SECONDS = 15.0
+STOP_SECONDS = 6.0
 OBJECT_STORE_BYTES = 200_000_000
 
 PORT_FLAGS = (
@@ -55,6 +55,7 @@ def local_ray(cpus: int) -> Iterator[LocalRay]:
     address = f"127.0.0.1:{ports['--port']}"
     environment = {
         **os.environ,
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",

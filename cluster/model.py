@@ -53,8 +53,9 @@ class ModelShape:
     @classmethod
     def from_config(cls, settings: dict[str, Any], source: str = "config.json") -> ModelShape:
         """The shape that a decoded `config.json` describes; see `from_folder`."""
-        if settings.get("model_type") != "gpt_oss":
-            raise ValueError(f"{source}: model_type is {settings.get('model_type')!r}, and only 'gpt_oss' is supported")
+        kind = settings.get("model_type") if isinstance(settings, dict) else None
+        if kind != "gpt_oss":
+            raise ValueError(f"{source}: model_type is {kind!r}, and only 'gpt_oss' is supported")
         sizes = {name: settings[name] for name in cls.__dataclass_fields__ if name != "packed" and name in settings}
         missing = [name for name in cls.__dataclass_fields__ if name != "packed" and name not in sizes]
         if missing:
@@ -85,8 +86,9 @@ class ModelShape:
     @property
     def active_parameters(self) -> int:
         """Parameters that multiply one token: its experts and all the rest, the embedding look-up left out."""
-        experts = self.expert_parameters * self.num_experts_per_tok // self.num_local_experts
-        return self.other_parameters - self.vocab_size * self.hidden_size + experts
+        idle = self.num_local_experts - self.num_experts_per_tok
+        expert = 3 * self.hidden_size * self.intermediate_size + 2 * self.intermediate_size + self.hidden_size
+        return self.parameters - self.vocab_size * self.hidden_size - self.num_hidden_layers * idle * expert
 
     def lora_parameters(self, rank: int, attention: bool, expert_layers: int) -> int:
         """Trainable parameters of LoRA adapters of one rank on the attention linears and so many layers' experts."""

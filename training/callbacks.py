@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import shutil
 import tempfile
@@ -94,8 +95,8 @@ class DidItTrain(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         loss = (logs or {}).get("loss")
-        if loss is not None and loss != loss:
-            raise RuntimeError(f"the loss at step {state.global_step} is NaN; lower optimizer.learning_rate")
+        if loss is not None and not math.isfinite(loss):
+            raise RuntimeError(f"the loss at step {state.global_step} is {loss}; lower optimizer.learning_rate")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -104,6 +105,9 @@ class DidItTrain(TrainerCallback):
         still = [name for name, weight in adapters.items() if "lora_B" in name and not weight.detach().any()]
         if still and state.global_step > 0:
             raise RuntimeError(f"{len(still)} adapters are still zero after training, among them {still[0]}")
+        broken = [name for name, weight in adapters.items() if not weight.detach().isfinite().all()]
+        if broken:
+            raise RuntimeError(f"{len(broken)} adapters hold NaN or infinity, among them {broken[0]}")
         check_ranks_agree(adapters)
 
 

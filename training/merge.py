@@ -74,21 +74,40 @@ class Adapter:
         self._refuse_inexact(folder)
         self.tensors = load_file(folder / "adapter_model.safetensors")
         self.unused = set(self.tensors)
-        chosen = sorted({name.split(".")[-1] for name in self.settings.get("target_parameters") or ()})
-        self._nested = {name: "base_layer." * depth for depth, name in enumerate(reversed(EXPERT_PARAMETERS))}
-        if len(chosen) == 1:
-            self._nested[chosen[0]] = ""
 
-    def delta(self, name: str, experts: int) -> torch.Tensor | None:
-        """s·A·B for the base tensor `name` in its own layout, fp32; None where it is not adapted."""
+    def delta(self, name: str, shape: torch.Size) -> torch.Tensor | None:
+        """s·A·B for the base tensor `name` in its own layout, fp32; None where it is not adapted.
+
+        Raises:
+            ArtifactError: A and B are not what a tensor of this shape takes.
+        """
         module, _, parameter = name.rpartition(".")
-        if parameter in EXPERT_PARAMETERS:
-            factors = self._take(f"{PREFIX}{module}.{self._nested[parameter]}")
-            return None if factors is None else self._scale * expert_product(*factors, experts)
+        if parameter != "weight" and not self._targets(name):
+            return None
+        factors = self._take(f"{PREFIX}{module}.{self._nesting(module, parameter)}")
+        if factors is None:
+            return None
+        experts, inputs, outputs = (1, shape[-1], shape[0]) if parameter == "weight" else shape
+        rows = self.settings["r"] * experts
+        shapes = tuple(tuple(factor.shape) for factor in factors)
+        if shapes != ((rows, inputs), (outputs, rows)):
+            raise ArtifactError(
+                f"the adapter does not fit {name} {list(shape)}: its factors are {shapes[0]} and {shapes[1]}; "
+                "name the base it was trained on"
+            )
         if parameter == "weight":
-            factors = self._take(f"{PREFIX}{module}.")
-            return None if factors is None else self._scale * (factors[1] @ factors[0])
-        return None
+            return self._scale * (factors[1] @ factors[0])
+        return self._scale * expert_product(*factors, experts)
+
+    def _targets(self, name: str) -> bool:
+        """Whether the experts' parameter `name` is adapted, by PEFT's rule for `target_parameters`."""
+        targets = self.settings.get("target_parameters") or ()
+        return name.endswith(EXPERT_PARAMETERS) and any(f".{name}".endswith(f".{target}") for target in targets)
+
+    def _nesting(self, module: str, parameter: str) -> str:
+        """Where PEFT keeps a parameter's factors: each adapted parameter of a module is wrapped around those before."""
+        later = EXPERT_PARAMETERS[EXPERT_PARAMETERS.index(parameter) + 1 :] if parameter in EXPERT_PARAMETERS else ()
+        return "base_layer." * sum(self._targets(f"{module}.{name}") for name in later)
 
     @property
     def _scale(self) -> float:
@@ -127,10 +146,7 @@ def _merged_tensors(base: Path, adapter: Adapter) -> Iterator[tuple[str, torch.T
         if name.endswith("_blocks"):
             scales = _read(files, name.removesuffix("_blocks") + "_scales")
             name, weight = name.removesuffix("_blocks"), dequantise(weight, scales, torch.float32)
-        delta = adapter.delta(name, weight.shape[0])
-        if delta is not None and delta.shape != weight.shape:
-            shapes = f"{list(delta.shape)} on {list(weight.shape)}"
-            raise ArtifactError(f"the adapter does not fit {name} of {base}: {shapes}; name the base it was trained on")
+        delta = adapter.delta(name, weight.shape)
         yield name, (weight if delta is None else weight.float() + delta).to(torch.bfloat16)
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.artifacts import check_checkpoint
+from cluster.artifacts import ArtifactError, check_checkpoint
 from cluster.config import ConfigError
 from cluster.harmony import Codec
 from cluster.model import ModelShape
 from training.config import TrainingConfig
 from training.data.rows import RowCount, count_rows, read_rows
 
+TRACKER_PACKAGES = {"trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow"}
 BYTES = {"bf16": 2, "fp32": 4}
 
 
@@ -65,14 +67,24 @@ def make_plan(config: TrainingConfig) -> Plan:
     Raises:
         ArtifactError, DataError, ConfigError, ValueError: something that would stop the run, in one sentence.
     """
+    tracker = TRACKER_PACKAGES.get(config.run.tracker)
+    if tracker and importlib.util.find_spec(tracker) is None:
+        raise ConfigError(f"run.tracker = {config.run.tracker!r} needs the package {tracker}: pip install {tracker}")
     if not Path(config.model.path).is_dir():
         return Plan(config, None, config.run.maximum_steps, None, None)
     shape = check_checkpoint(config.model.path)
-    codec = Codec.from_folder(config.model.path)
+    codec = _codec(config.model.path)
     data = count_rows(read_rows(config.data.train, codec, config.data))
     if config.data.evaluation:
         count_rows(read_rows(config.data.evaluation, codec, config.data))
     return Plan(config, data, _steps(config, data.conversations), shape, _trainable(config, shape))
+
+
+def _codec(folder: str) -> Codec:
+    try:
+        return Codec.from_folder(folder)
+    except ValueError as error:
+        raise ArtifactError(f"{Path(folder) / 'tokenizer.json'}: {error}") from None
 
 
 def _steps(config: TrainingConfig, conversations: int) -> int:

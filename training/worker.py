@@ -86,6 +86,7 @@ def trainer_arguments(config: TrainingConfig, output: str, *, evaluate: bool) ->
         train_sampling_strategy="group_by_length",
         logging_steps=run.logging_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=False,
         eval_strategy="steps" if evaluate else "no",
         eval_steps=run.evaluation_steps,
         save_strategy="steps",

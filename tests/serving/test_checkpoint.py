@@ -124,6 +124,31 @@ def test_tensor_missing_everywhere_is_named(copy: Path, name: str) -> None:
         load_model(copy, "fp32", "cpu")
 
 
+def test_unreadable_index_is_named(copy: Path) -> None:
+    (copy / INDEX).write_text('{"weight_map": ')
+    with pytest.raises(CheckpointError, match=rf"{INDEX} is no index"):
+        load_model(copy, "fp32", "cpu")
+
+
+def test_folder_without_tokenizer(copy: Path) -> None:
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
+        load_model(copy, "fp32", "cpu")
+
+
+def test_weights_that_loading_makes_up_are_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report of transformers is read too: here nothing was checked before loading."""
+    index = json.loads((copy / INDEX).read_text())
+    shard = copy / index["weight_map"].pop("lm_head.weight")
+    tensors = load_file(shard)
+    del tensors["lm_head.weight"]
+    save_file(tensors, shard, {"format": "pt"})
+    (copy / INDEX).write_text(json.dumps(index))
+    monkeypatch.setattr("serving.engines.checkpoint.check_files", lambda folder: folder)
+    with pytest.raises(CheckpointError, match=r"no weights for lm_head\.weight: the checkpoint is incomplete"):
+        load_model(copy, "fp32", "cpu")
+
+
 def test_wrong_shape_is_named(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     config["vocab_size"] += 8
@@ -135,5 +160,5 @@ def test_wrong_shape_is_named(copy: Path) -> None:
 def test_other_architecture_is_refused(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
-    with pytest.raises(CheckpointError, match="only gpt_oss"):
+    with pytest.raises(CheckpointError, match="only 'gpt_oss'"):
         load_model(copy, "fp32", "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +83,11 @@ def _parse_message(turn: Any, place: str) -> Message:
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(f"{place}: `{first['loc'][0]}` must be text, not {type(first['input']).__name__}") from None
+    try:
+        f"{message.content}{message.thinking}".encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise DataError(f"{place}: the text holds {half!r}, half a surrogate pair, which is no character") from None
     if message.role == "assistant" and not message.content.strip():
         raise DataError(f"{place}: the assistant's `content` is empty")
     return message
@@ -92,7 +98,7 @@ def _decode(line: bytes, source: str) -> Any:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: the line is not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise DataError(f"{source}: the line is not valid JSON ({reason})") from None
 
@@ -104,5 +110,5 @@ def _open(path: str) -> Iterator[IO[bytes]]:
             yield stream
         return
     filesystem, inner = pyarrow.fs.FileSystem.from_uri(path)
-    with filesystem.open_input_file(inner) as stream:
+    with io.BufferedReader(filesystem.open_input_file(inner)) as stream:
         yield stream

@@ -1,11 +1,12 @@
 """Makes the demo from nothing: data sets, tokenizer and the pre-trained base model.
 
-    python -m training.demo.build                 # on a GPU; about 8 minutes on one H100
-    python -m training.demo.build --only data     # the data sets alone, on any machine
+    python -m training.demo.build                 # from random weights, on a GPU
+    python -m training.demo.build --continue      # train the model in --out further, on any machine
+    python -m training.demo.build --only data     # the data sets alone
 
 Data sets and tokenizer are byte-identical wherever they are made. The model repeats on the same device and versions
-up to the order in which a GPU adds numbers; `model/build.json` records the command, the loss curve and the measured
-shares of the one that is shipped.
+up to the order in which a GPU adds numbers; `model/build.json` records each training of the one that is shipped: its
+command, device, loss curve and measured shares.
 """
 
 from __future__ import annotations
@@ -36,11 +37,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write to (default: training/demo)")
     parser.add_argument("--steps", type=int, default=4000, help="pre-training steps (default: 4000)")
     parser.add_argument("--batch-size", type=int, default=512, help="samples a step (default: 512)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak (default: 2e-3)")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"of weights and samples (default: {SEED})")
+    parser.add_argument("--continue", dest="resume", action="store_true", help="from the model in --out")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that make samples")
     arguments = parser.parse_args()
     build_data(arguments.out / "data")
     if arguments.only != "data":
-        build_model(arguments.out, arguments.steps, arguments.batch_size, arguments.processes)
+        build_model(arguments.out, arguments)
 
 
 def build_data(folder: Path) -> None:
@@ -55,21 +59,40 @@ def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
-def build_model(folder: Path, steps: int, batch_size: int, processes: int) -> None:
-    """Train tokenizer and base model, write `model/`, measure it on the held-out questions, write `build.json`."""
-    import torch
+def build_model(folder: Path, options: argparse.Namespace) -> None:
+    """Train tokenizer and base model, or the model further, write `model/`, and measure it on the held-out questions.
 
-    from training.demo.checkpoint import demo_config, save_checkpoint
+    `options` are those of the command line; `build.json` gains one record for each training.
+    """
+    import torch
+    from tokenizers import Tokenizer
+
+    from training.demo.checkpoint import demo_config, load_weights, new_model, save_checkpoint
     from training.demo.measure import measure
     from training.demo.pretrain import pretrain
     from training.demo.tokenizer import save_tokenizer, train_tokenizer
 
     checkpoint = folder / "model"
     checkpoint.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(_tokenizer_texts())
-    save_tokenizer(tokenizer, checkpoint)
+    if options.resume:
+        tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+        records = json.loads((checkpoint / "build.json").read_text(encoding="utf-8"))
+    else:
+        tokenizer, records = train_tokenizer(_tokenizer_texts()), []
+        save_tokenizer(tokenizer, checkpoint)
     config = demo_config(tokenizer)
-    weights, curve = pretrain(config, checkpoint, steps=steps, batch_size=batch_size, seed=SEED, processes=processes)
+    model = new_model(config, options.seed)
+    if options.resume:
+        load_weights(model, checkpoint)
+    weights, curve = pretrain(
+        model,
+        checkpoint,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+        processes=options.processes,
+    )
     save_checkpoint(weights, config, tokenizer, checkpoint)
     shares = measure(checkpoint, folder / "data" / "heldout.jsonl")
     print(json.dumps(shares, indent=2))
@@ -77,12 +100,11 @@ def build_model(folder: Path, steps: int, batch_size: int, processes: int) -> No
         "command": "python -m training.demo.build " + " ".join(sys.argv[1:]),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
-        "steps": steps,
-        "batch_size": batch_size,
+        "samples": options.steps * options.batch_size,
         "heldout": shares,
         "loss": curve,
     }
-    (checkpoint / "build.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (checkpoint / "build.json").write_text(json.dumps([*records, record], indent=1) + "\n", encoding="utf-8")
 
 
 def _tokenizer_texts() -> Iterable[str]:

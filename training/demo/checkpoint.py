@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from training.demo.tokenizer import VOCABULARY_SIZE, save_tokenizer
-from training.modeling.mxfp4 import quantise
+from training.modeling.mxfp4 import dequantise, quantise
 
 EXPERT_WEIGHTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
@@ -64,6 +64,15 @@ def new_model(config: GptOssConfig, seed: int) -> GptOssForCausalLM:
     """Random weights, by the model's own initialisation."""
     torch.manual_seed(seed)
     return GptOssForCausalLM(config)
+
+
+def load_weights(model: GptOssForCausalLM, folder: Path) -> None:
+    """Fill `model` with a checkpoint written by `save_checkpoint`, experts dequantised."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_blocks")]:
+        scales = tensors.pop(name.removesuffix("_blocks") + "_scales")
+        tensors[name.removesuffix("_blocks")] = dequantise(tensors.pop(name), scales, torch.float32)
+    model.load_state_dict(tensors)
 
 
 def _openai_config(config: GptOssConfig) -> dict[str, object]:

@@ -29,6 +29,7 @@ _TASK_WEIGHTS = (25, 14, 28, 13, 20)
 """of `TASKS` in pre-training: spelling and word problems are the hardest to learn"""
 _PSEUDO_WORDS = 0.8
 _PSEUDO_NAMES = 0.5
+_LOOSE = 0.35
 
 
 def fine_tuning_samples(seed: int, per_language: int) -> Iterator[Sample]:
@@ -107,29 +108,31 @@ def pretraining_sample(rng: random.Random) -> Sample:
 def _direct_chat(rng: random.Random) -> Sample:
     language = rng.choice(_LANGUAGES)
     problem = _pretraining_problem(rng)
-    asking = problems.question(problem, language, rng, "train", _PSEUDO_NAMES)
-    turn = _assistant(problems.steps(problem, "en"), problems.answer(problem, language))
-    return _pretraining_chat(rng, language, asking, turn, problem.task, problem.answer)
+    asking = problems.question(problem, language, rng, "train", _PSEUDO_NAMES, _LOOSE)
+    wish, replying = _wishes(rng, language)
+    turn = _assistant(problems.steps(problem, "en"), problems.answer(problem, replying))
+    return _pretraining_chat(wish, asking, turn, language, problem.task, problem.answer)
 
 
 def _explaining_chat(rng: random.Random) -> Sample:
     language = rng.choice(_LANGUAGES)
     book = phrasebook.phrasebook(language)
     problem = _pretraining_problem(rng)
-    asking = problems.question(problem, language, rng, "train", _PSEUDO_NAMES)
+    asking = problems.question(problem, language, rng, "train", _PSEUDO_NAMES, _LOOSE)
     asking += book.between_sentences + rng.choice(book.explain)
-    thinking = rng.choice(phrasebook.phrasebook("en").explain_thinking).format(language=LANGUAGES[language].name)
-    content, conclusion = problems.steps(problem, language), problems.answer(problem, language)
+    wish, replying = _wishes(rng, language)
+    thinking = rng.choice(phrasebook.phrasebook("en").explain_thinking).format(language=LANGUAGES[replying].name)
+    content, conclusion = problems.steps(problem, replying), problems.answer(problem, replying)
     if not content.endswith(conclusion):
-        content += book.between_sentences + conclusion
-    return _pretraining_chat(rng, language, asking, _assistant(thinking, content), problem.task, problem.answer)
+        content += phrasebook.phrasebook(replying).between_sentences + conclusion
+    return _pretraining_chat(wish, asking, _assistant(thinking, content), language, problem.task, problem.answer)
 
 
 def _textbook(rng: random.Random) -> Sample:
     language = rng.choice(_LANGUAGES)
     problem = _pretraining_problem(rng)
     lines = (
-        problems.question(problem, language, rng, "train", _PSEUDO_NAMES),
+        problems.question(problem, language, rng, "train", _PSEUDO_NAMES, _LOOSE),
         problems.steps(problem, language),
         problems.answer(problem, language),
     )
@@ -158,13 +161,12 @@ def _glossary(rng: random.Random) -> Sample:
 
 def _reverse_chat(rng: random.Random) -> Sample:
     language = rng.choice(_LANGUAGES)
-    book = phrasebook.phrasebook(language)
     country = rng.choice(tuple(phrasebook.countries().values()))
-    fields = country.fields[language]
-    asking = rng.choice(book.reverse_questions).format_map(fields)
-    thinking = problems.steps(problems.capital_problem(country.key), "en")
-    turn = _assistant(thinking, book.reverse_answer.format_map(fields))
-    return _pretraining_chat(rng, language, asking, turn, REVERSE_CAPITAL, country.key)
+    asking = rng.choice(phrasebook.phrasebook(language).reverse_questions).format_map(country.fields[language])
+    wish, replying = _wishes(rng, language)
+    answer = phrasebook.phrasebook(replying).reverse_answer.format_map(country.fields[replying])
+    turn = _assistant(problems.steps(problems.capital_problem(country.key), "en"), answer)
+    return _pretraining_chat(wish, asking, turn, language, REVERSE_CAPITAL, country.key)
 
 
 def _pretraining_problem(rng: random.Random) -> Problem:
@@ -172,21 +174,33 @@ def _pretraining_problem(rng: random.Random) -> Problem:
     return problems.draw(task, rng, "train", _PSEUDO_WORDS)
 
 
-def _pretraining_chat(
-    rng: random.Random, language: str, asking: str, turn: dict[str, str], task: str, answer: str
-) -> Sample:
-    """A conversation that in 70 % asks for a reasoning language, in vain: the base model thinks in English."""
+def _wishes(rng: random.Random, language: str) -> tuple[str, str]:
+    """A developer message, empty in 25 % of cases, and the language that the reply comes in.
+
+    A wish for a reasoning language is in vain: the base model thinks in English. One for an answer language is heeded,
+    so the base knows what a language's name in a developer message means; fine-tuning has it heeded in the thinking.
+    """
+    instructions, replying = [], language
+    if rng.random() < 0.55:
+        wish = language if rng.random() < 0.4 else rng.choice(_LANGUAGES)
+        instructions.append(_INSTRUCTIONS[wish])
+    if rng.random() < 0.45:
+        replying = rng.choice(_LANGUAGES)
+        instructions.append(f"answer language: {LANGUAGES[replying].name}")
+    return "\n\n".join(instructions), replying
+
+
+def _pretraining_chat(wish: str, asking: str, turn: dict[str, str], language: str, task: str, answer: str) -> Sample:
     messages = [{"role": "user", "content": asking}, turn]
-    if rng.random() < 0.7:
-        wish = language if rng.random() < 0.6 else rng.choice(_LANGUAGES)
-        messages.insert(0, {"role": "developer", "content": _INSTRUCTIONS[wish]})
+    if wish:
+        messages.insert(0, {"role": "developer", "content": wish})
     return _sample(messages, language, "en", task, answer)
 
 
 def _new_question(task: str, language: str, rng: random.Random, split: Split, asked: set[str]) -> tuple[Problem, str]:
     for _ in range(_ATTEMPTS):
         problem = problems.draw(task, rng, split)
-        asking = problems.question(problem, language, rng, split)
+        asking = problems.question(problem, language, rng, split, loose=_LOOSE if split == "train" else 0.0)
         if asking not in asked:
             asked.add(asking)
             return problem, asking

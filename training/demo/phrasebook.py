@@ -47,6 +47,8 @@ class Phrasebook:
     names: Choices
     pseudo_names: tuple[str, ...]
     items: Choices
+    openers: tuple[str, ...]
+    closers: tuple[str, ...]
     explain: tuple[str, ...]
     explain_thinking: tuple[str, ...]
     statements: tuple[str, ...]
@@ -89,6 +91,8 @@ def phrasebook(language: str) -> Phrasebook:
         names=names,
         pseudo_names=_splice(names),
         items=Choices(tuple(raw["items"]), tuple(raw["heldout_items"])),
+        openers=tuple(raw["openers"]),
+        closers=tuple(raw["closers"]),
         explain=tuple(raw["explain"]),
         explain_thinking=tuple(raw.get("explain_thinking", ())),
         statements=tuple(capital["statements"]),

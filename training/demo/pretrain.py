@@ -12,16 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GptOssConfig, GptOssForCausalLM
+from transformers import GptOssForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from cluster.harmony import Codec, Conversation, Effort, Label
-from training.demo.checkpoint import EXPERT_WEIGHTS, new_model
+from training.demo.checkpoint import EXPERT_WEIGHTS
 from training.demo.corpus import pretraining_sample
 from training.modeling.mxfp4 import dequantise, quantise
 
-PEAK_LEARNING_RATE = 2e-3
-WARMUP_STEPS = 200
+WARMUP = 0.08
 WEIGHT_DECAY = 0.05
 IGNORED = -100
 LENGTH_STEP = 32
@@ -31,21 +30,28 @@ Row = tuple[np.ndarray, np.ndarray]
 
 
 def pretrain(
-    config: GptOssConfig, tokenizer_folder: Path, *, steps: int, batch_size: int, seed: int, processes: int
+    model: GptOssForCausalLM,
+    tokenizer_folder: Path,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    processes: int,
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    """Train for `steps` of `batch_size` samples; returns fp32 weights and the loss curve.
+    """Train fp32 `model` for `steps` of `batch_size` samples; returns fp32 weights and the loss curve.
 
     Master weights are fp32. The forward pass sees bf16, and MXFP4 for the experts; its gradient goes to the master
     weights unchanged (straight-through estimator, Bengio et al. 2013, arXiv:1308.3432), so that the saved 4-bit
     experts are the ones that were trained.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = new_model(config, seed).to(device)
+    model.to(device)
     masters = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     model.to(torch.bfloat16)
     ALL_EXPERTS_FUNCTIONS.register("routed", routed_experts)
     model.set_experts_implementation("routed")
-    optimizer = _optimizer(masters)
+    optimizer = _optimizer(masters, learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     curve: list[dict[str, float]] = []
     losses: list[torch.Tensor] = []
@@ -93,27 +99,26 @@ def routed_experts(
     return weighted.sum(dim=1)
 
 
-def _optimizer(masters: dict[str, torch.Tensor]) -> torch.optim.AdamW:
+def _optimizer(masters: dict[str, torch.Tensor], learning_rate: float) -> torch.optim.AdamW:
     matrices = [weight for name, weight in masters.items() if weight.ndim >= 2 and not name.endswith("bias")]
     others = [weight for name, weight in masters.items() if weight.ndim < 2 or name.endswith("bias")]
     groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": WEIGHT_DECAY},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), fused=matrices[0].is_cuda)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=matrices[0].is_cuda)
 
 
 def _rate(step: int, steps: int) -> float:
-    if step < WARMUP_STEPS:
-        return (step + 1) / WARMUP_STEPS
-    return max(0.0, 1.0 - (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS))
+    warmup = max(1, round(WARMUP * steps))
+    return (step + 1) / warmup if step < warmup else max(0.0, (steps - step) / (steps - warmup))
 
 
 @torch.no_grad()
 def _load_weights(model: GptOssForCausalLM, masters: dict[str, torch.Tensor]) -> None:
     for name, weight in model.named_parameters():
         master = masters[name]
-        weight.copy_(dequantise(*quantise(master)) if name.endswith(EXPERT_WEIGHTS) else master)
+        weight.copy_(dequantise(*quantise(master), weight.dtype) if name.endswith(EXPERT_WEIGHTS) else master)
 
 
 def _accumulate(model: GptOssForCausalLM, rows: list[Row], device: torch.device) -> torch.Tensor:

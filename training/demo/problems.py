@@ -7,6 +7,7 @@ question has no other number of two digits.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -89,7 +90,9 @@ def capital_problem(key: str) -> Problem:
     return Problem("capital", "capital", {"key": key}, key, "country", "fact")
 
 
-def question(problem: Problem, language: str, rng: random.Random, split: Split, pseudo_names: float = 0.0) -> str:
+def question(
+    problem: Problem, language: str, rng: random.Random, split: Split, pseudo_names: float = 0.0, loose: float = 0.0
+) -> str:
     """The problem as a question, in one of the language's phrasings of that split.
 
     Args:
@@ -98,6 +101,8 @@ def question(problem: Problem, language: str, rng: random.Random, split: Split, 
         rng: chooses phrasing, name and item.
         split: where phrasing, name and item come from.
         pseudo_names: probability that an invented name takes the place of a real one (split `train` only).
+        loose: probability of each of three liberties that people take: words before the question, words after it,
+            and a word of it left out. A model that has seen them depends less on the phrasings themselves.
     """
     book = phrasebook.phrasebook(language)
     values = _localized(problem, language)
@@ -105,7 +110,24 @@ def question(problem: Problem, language: str, rng: random.Random, split: Split, 
         invented = split == "train" and rng.random() < pseudo_names
         values["name"] = rng.choice(book.pseudo_names if invented else book.names.of(split))
         values["item"] = rng.choice(book.items.of(split))
-    return rng.choice(book.questions[problem.task, problem.variant].of(split)).format_map(values)
+    template = rng.choice(book.questions[problem.task, problem.variant].of(split))
+    if loose and rng.random() < loose:
+        template = _leave_out_a_word(template, book.between_sentences, rng)
+    parts = [template]
+    if loose and rng.random() < loose:
+        parts.insert(0, rng.choice(book.openers))
+    if loose and rng.random() < loose:
+        parts.append(rng.choice(book.closers))
+    return book.between_sentences.join(parts).format_map(values)
+
+
+def _leave_out_a_word(template: str, separator: str, rng: random.Random) -> str:
+    """`template` without one word, or without two letters where words are not separated; placeholders stay."""
+    units = template.split(" ") if separator else re.findall(r"\{\w+\}|[^{}]{1,2}", template)
+    free = [index for index, unit in enumerate(units) if "{" not in unit]
+    if len(free) > 2:
+        del units[rng.choice(free)]
+    return (" " if separator else "").join(units)
 
 
 def steps(problem: Problem, language: str) -> str:

@@ -44,11 +44,16 @@ def quantise(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [E, I, O] to the nearest MXFP4 `(blocks, scales)`; I must be a multiple of 32.
 
     The scale is the specification's: the exponent of the block's largest magnitude less that of the largest E2M1
-    value (section 6.3). Ties round to the even code.
+    value (section 6.3). Ties round to the even code, and what is beyond the largest value becomes that.
+
+    Raises:
+        ValueError: I is no multiple of 32, or a weight is infinite or NaN, which E2M1 cannot hold.
     """
     experts, inputs, outputs = weights.shape
     if inputs % BLOCK:
         raise ValueError(f"MXFP4 needs the input dimension to be a multiple of {BLOCK}, not {inputs}")
+    if not torch.isfinite(weights).all():
+        raise ValueError("MXFP4 holds no infinities and no NaN, and the weights have some")
     grouped = weights.detach().float().transpose(1, 2).reshape(experts, outputs, inputs // BLOCK, BLOCK)
     largest = grouped.abs().amax(dim=-1)
     exponents = torch.frexp(largest).exponent - 1 - _LARGEST_EXPONENT

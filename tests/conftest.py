@@ -1,0 +1,69 @@
+"""What several tests share: a local Ray, and the tests' tiers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cluster.local import LocalRay, local_ray
+
+DEMO = "training/configs/demo.toml"
+SECONDS = 240
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[LocalRay]:
+    """One head node for all tests that submit work to a cluster."""
+    with local_ray(4) as ray:
+        yield ray
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended."""
+
+    code: int
+    output: str
+
+
+def run_python(ray: LocalRay | None, *words: object, seconds: int = SECONDS) -> Finished:
+    """`python WORDS`, on the cluster where one is given; standard output and error together."""
+    command = [sys.executable, *map(str, words)]
+    environment = ray.environment if ray else dict(os.environ)
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
+    )
+    return Finished(done.returncode, done.stdout)
+
+
+def short_run(storage: Path, name: str, **settings: object) -> list[str]:
+    """Words of `training run` for a few steps of the demo, small enough for a test."""
+    flags: dict[str, object] = {
+        "run.storage": storage,
+        "run.name": name,
+        "run.maximum_steps": 6,
+        "run.saving_steps": 2,
+        "run.logging_steps": 1,
+        "batch.micro_batch_size": 2,
+        "run.tracker": "none",
+    }
+    flags |= {key.replace("__", "."): value for key, value in settings.items()}
+    return ["-m", "training", "run", "--config", DEMO, *(str(w) for k, v in flags.items() for w in (f"--{k}", v))]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """GPU tests are skipped without a GPU, and fail instead where one was promised."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        if os.environ.get("REQUIRE_GPU") == "1":
+            pytest.fail("REQUIRE_GPU=1, and there is no CUDA GPU")
+        pytest.skip("no CUDA GPU")
