@@ -37,7 +37,7 @@ def deploy(config: ServingConfig) -> int:
         ConfigError: the address cannot be had, or this machine has not what a replica needs.
     """
     # Replicas run in other folders than this process: only an absolute path means the same to them.
-    path = str(Path(config.model.path).absolute())
+    path = str(Path(config.model.path).expanduser().absolute())
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
     if "RAY_ADDRESS" in os.environ:
         return _deploy_on_cluster(config)

@@ -12,12 +12,14 @@ from cluster.config import Config
 
 
 def _existing(path: str) -> str:
+    path = str(Path(path).expanduser()) if path.startswith("~") else path
     if "://" not in path and not Path(path).exists():
         raise ValueError("no such file or folder; give a path relative to the working directory, or a storage URI")
     return path
 
 
 def _folder_or_hub_id(path: str) -> str:
+    path = str(Path(path).expanduser()) if path.startswith("~") else path
     if Path(path).is_dir() or (re.fullmatch(r"[\w-]+/[\w.-]+", path) and not Path(path.split("/")[0]).exists()):
         return path
     raise ValueError("no such folder; give a checkpoint folder, or a hub id such as openai/gpt-oss-20b")

@@ -78,9 +78,20 @@ def locate(config: TrainingConfig) -> TrainingConfig:
 
     Storage becomes absolute. Inside a Ray job every process stands in its copy of the working directory, so the
     others may stay relative; elsewhere they become absolute too.
+
+    Raises:
+        ConfigError: storage is relative inside a job.
     """
     storage = config.run.storage
-    run = config.run.model_copy(update={"storage": storage if "://" in storage else _absolute(storage)})
+    if "://" not in storage:
+        expanded = Path(storage).expanduser()
+        if inside_job() and not expanded.is_absolute():
+            raise ConfigError(
+                f"run.storage = {storage!r} would lie in the job's copy of the working directory, which goes away with "
+                "it: give an absolute folder that every node reaches, or a storage URI"
+            )
+        storage = str(expanded.absolute())
+    run = config.run.model_copy(update={"storage": storage})
     if inside_job():
         return config.model_copy(update={"run": run})
     data = {
@@ -153,5 +164,5 @@ def _versions() -> dict[str, Any]:
 
 
 def _absolute(path: str) -> str:
-    expanded = Path(path).expanduser()
-    return str(expanded.resolve()) if expanded.exists() or path.startswith(("/", ".", "~")) else path
+    """A path that exists, made absolute; a hub id or a URI as it is."""
+    return str(Path(path).absolute()) if Path(path).exists() else path

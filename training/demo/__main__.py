@@ -18,6 +18,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from cluster.languages import LANGUAGES
 from cluster.local import LocalRay, free_ports, local_ray, stop_tree
 from training.demo.endpoint import Graded, ask_all, read_questions, shares
@@ -39,7 +41,7 @@ class Stages:
         print(f"\n── {name} " + "─" * (70 - len(name)), flush=True)
         started = time.perf_counter()
         yield
-        self.seconds[name.replace(" ", "_")] = round(time.perf_counter() - started, 1)
+        self.seconds[name.lower().replace(" ", "_").replace("-", "_")] = round(time.perf_counter() - started, 1)
 
 
 def main(arguments: list[str]) -> int:
@@ -57,6 +59,9 @@ def main(arguments: list[str]) -> int:
         return 130
     except subprocess.CalledProcessError as error:
         print(f"error: {' '.join(map(str, error.cmd))} ended with {error.returncode}", file=sys.stderr)
+        return 1
+    except (httpx.HTTPError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(summary), flush=True)
     return 0

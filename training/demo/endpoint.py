@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+from tqdm import tqdm
 
 from cluster.languages import detect_language
 from training.demo.grading import adheres, is_right
@@ -50,7 +50,7 @@ def read_questions(path: Path, per_task: int) -> list[dict[str, Any]]:
     return chosen
 
 
-def ask_all(url: str, model: str, records: Iterable[dict[str, Any]]) -> list[Graded]:
+def ask_all(url: str, model: str, records: list[dict[str, Any]]) -> list[Graded]:
     """Greedy replies to all records, graded, in their order.
 
     Raises:
@@ -74,7 +74,7 @@ def ask_all(url: str, model: str, records: Iterable[dict[str, Any]]) -> list[Gra
         return grade(record, response.json()["choices"][0]["message"])
 
     with ThreadPoolExecutor(CONCURRENT) as pool:
-        return list(pool.map(ask, records))
+        return list(tqdm(pool.map(ask, records), desc="asking", total=len(records), unit="question", mininterval=2.0))
 
 
 def grade(record: dict[str, Any], message: dict[str, Any]) -> Graded:
