@@ -218,7 +218,7 @@ def test_fine_tuning_samples_cover_languages_and_tasks_evenly() -> None:
     }
     assert len({user_text(sample) for sample in samples}) == len(samples)
     own = sum(sample["language"] == sample["reasoning_language"] for sample in samples)
-    assert 0.77 < own / len(samples) < 0.83
+    assert 0.46 < own / len(samples) < 0.54
     assert all([message["role"] for message in s["messages"]] == ["developer", "user", "assistant"] for s in samples)
 
 
@@ -239,10 +239,10 @@ def test_too_many_fine_tuning_samples_are_refused() -> None:
 def test_pretraining_diet() -> None:
     samples = pretraining()
     chats = [sample for sample in samples if "messages" in sample]
-    assert 0.21 < 1 - len(chats) / len(samples) < 0.25
+    assert 0.16 < 1 - len(chats) / len(samples) < 0.20
     assert {sample["language"] for sample in chats} == set(LANGUAGES)
     with_developer = sum(sample["messages"][0]["role"] == "developer" for sample in chats)
-    assert 0.67 < with_developer / len(chats) < 0.73
+    assert 0.72 < with_developer / len(chats) < 0.78
     thoughts = [sample["messages"][-1]["thinking"].replace("×", "x") for sample in chats]
     assert [thinking for thinking in thoughts if not thinking.isascii()] == []
 

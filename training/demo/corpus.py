@@ -35,7 +35,7 @@ _LOOSE = 0.35
 def fine_tuning_samples(seed: int, per_language: int) -> Iterator[Sample]:
     """Conversations whose thinking follows the developer message, tasks and question languages in turn.
 
-    The reasoning language is the question's in 80 % of the samples, any other language in the rest.
+    The reasoning language is the question's in half of the samples, any other language in the rest.
 
     Args:
         seed: the same seed gives the same samples.
@@ -50,7 +50,7 @@ def fine_tuning_samples(seed: int, per_language: int) -> Iterator[Sample]:
         task = TASKS[index % len(TASKS)]
         for language in _LANGUAGES:
             problem, asking = _new_question(task, language, rng, "train", asked)
-            reasoning = language if rng.random() < 0.8 else rng.choice(_OTHERS[language])
+            reasoning = language if rng.random() < 0.5 else rng.choice(_OTHERS[language])
             messages = [
                 {"role": "developer", "content": _INSTRUCTIONS[reasoning]},
                 {"role": "user", "content": asking},
@@ -94,13 +94,13 @@ def pretraining_sample(rng: random.Random) -> Sample:
     reverse questions.
     """
     kind = rng.random()
-    if kind < 0.50:
+    if kind < 0.42:
         return _direct_chat(rng)
-    if kind < 0.63:
+    if kind < 0.54:
         return _explaining_chat(rng)
-    if kind < 0.72:
+    if kind < 0.60:
         return _textbook(rng)
-    if kind < 0.86:
+    if kind < 0.72:
         return _glossary(rng)
     return _reverse_chat(rng)
 
@@ -121,11 +121,15 @@ def _explaining_chat(rng: random.Random) -> Sample:
     asking = problems.question(problem, language, rng, "train", _PSEUDO_NAMES, _LOOSE)
     asking += book.between_sentences + rng.choice(book.explain)
     wish, replying = _wishes(rng, language)
-    thinking = rng.choice(phrasebook.phrasebook("en").explain_thinking).format(language=LANGUAGES[replying].name)
+    thinking = _will_explain(rng, replying)
     content, conclusion = problems.steps(problem, replying), problems.answer(problem, replying)
     if not content.endswith(conclusion):
         content += phrasebook.phrasebook(replying).between_sentences + conclusion
     return _pretraining_chat(wish, asking, _assistant(thinking, content), language, problem.task, problem.answer)
+
+
+def _will_explain(rng: random.Random, language: str) -> str:
+    return rng.choice(phrasebook.phrasebook("en").explain_thinking).format(language=LANGUAGES[language].name)
 
 
 def _textbook(rng: random.Random) -> Sample:
@@ -164,8 +168,16 @@ def _reverse_chat(rng: random.Random) -> Sample:
     country = rng.choice(tuple(phrasebook.countries().values()))
     asking = rng.choice(phrasebook.phrasebook(language).reverse_questions).format_map(country.fields[language])
     wish, replying = _wishes(rng, language)
-    answer = phrasebook.phrasebook(replying).reverse_answer.format_map(country.fields[replying])
-    turn = _assistant(problems.steps(problems.capital_problem(country.key), "en"), answer)
+    book, fact = phrasebook.phrasebook(replying), problems.capital_problem(country.key)
+    answer = book.reverse_answer.format_map(country.fields[replying])
+    if rng.random() < 0.4:
+        turn = _assistant(problems.steps(fact, "en"), answer)
+    else:
+        own = phrasebook.phrasebook(language)
+        asking += own.between_sentences + rng.choice(own.explain)
+        turn = _assistant(
+            _will_explain(rng, replying), problems.steps(fact, replying) + book.between_sentences + answer
+        )
     return _pretraining_chat(wish, asking, turn, language, REVERSE_CAPITAL, country.key)
 
 
