@@ -28,6 +28,8 @@ def train_loop(raw: dict[str, Any]) -> None:
 
     Results leave only through `ray.train.report`; the same call resumes from Ray's latest checkpoint.
     """
+    # Ray Train stands in a folder of its own; relative paths are meant from the project, in a job this node's copy.
+    os.chdir(Path(__file__).resolve().parents[1])
     config = TrainingConfig.model_validate(raw)
     _quiet_libraries()
     use_gpu = config.workers.gpus > 0

@@ -97,7 +97,7 @@ def test_a_run_without_steps_is_no_failure() -> None:
 
 
 def test_loss_that_is_no_number_stops_the_run() -> None:
-    with pytest.raises(RuntimeError, match=r"the loss at step 7 is NaN; lower optimizer\.learning_rate"):
+    with pytest.raises(RuntimeError, match=r"the loss at step 7 is nan; lower optimizer\.learning_rate"):
         call("on_log", 7, logs={"loss": float("nan"), "grad_norm": 1.0})
 
 

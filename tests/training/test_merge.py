@@ -73,7 +73,7 @@ def both_and_one(config: Any) -> None:
 
 CASES: dict[str, dict[str, Any]] = {
     "all layers": {"rank": 4},
-    "rsLoRA": {"rank": 4, "change": use_rslora},
+    "rsLoRA": {"rank": 4, "change": use_rslora, "scale": 0.02},
     "attention": {"rank": 3, "alpha": 5.0, "expert_layers": ()},
     "gate_up of one layer": {"rank": 2, "attention": False, "change": only_gate_up},
     "down of one layer": {"rank": 2, "attention": False, "change": only_down},

@@ -122,9 +122,13 @@ def question(
 
 
 def _leave_out_a_word(template: str, separator: str, rng: random.Random) -> str:
-    """`template` without one word, or without two letters where words are not separated; placeholders stay."""
+    """`template` without one word, or without two letters where words are not separated.
+
+    Placeholders stay, and so does what stands between two of them: `{a}与{b}` must not become one number.
+    """
     units = template.split(" ") if separator else re.findall(r"\{\w+\}|[^{}]{1,2}", template)
-    free = [index for index, unit in enumerate(units) if "{" not in unit]
+    held = ["{" in unit for unit in units]
+    free = [i for i in range(len(units)) if not held[i] and not (any(held[i - 1 : i]) and any(held[i + 1 : i + 2]))]
     if len(free) > 2:
         del units[rng.choice(free)]
     return (" " if separator else "").join(units)
