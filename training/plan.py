@@ -14,7 +14,8 @@ from cluster.model import ModelShape
 from training.config import TrainingConfig
 from training.data.rows import RowCount, count_rows, read_rows
 
-TRACKER_PACKAGES = {"trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow"}
+OPTIONAL_TRACKERS = ("trackio", "wandb", "mlflow")
+"""trackers whose package, of the same name, this project does not install"""
 BYTES = {"bf16": 2, "fp32": 4}
 
 
@@ -67,9 +68,9 @@ def make_plan(config: TrainingConfig) -> Plan:
     Raises:
         ArtifactError, DataError, ConfigError, ValueError: something that would stop the run, in one sentence.
     """
-    tracker = TRACKER_PACKAGES.get(config.run.tracker)
-    if tracker and importlib.util.find_spec(tracker) is None:
-        raise ConfigError(f"run.tracker = {config.run.tracker!r} needs the package {tracker}: pip install {tracker}")
+    tracker = config.run.tracker
+    if tracker in OPTIONAL_TRACKERS and importlib.util.find_spec(tracker) is None:
+        raise ConfigError(f"run.tracker = {tracker!r} needs the package {tracker}: pip install {tracker}")
     if not Path(config.model.path).is_dir():
         return Plan(config, None, config.run.maximum_steps, None, None)
     shape = check_checkpoint(config.model.path)
