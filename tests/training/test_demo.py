@@ -21,6 +21,8 @@ from training.demo.endpoint import Graded, read_questions, shares
 from training.demo.measure import measure
 
 FOLDER = Path("training/demo")
+ROUNDING = 2 / 180
+"""two questions: CPUs round differently, and a greedy answer may turn on it"""
 LIMIT_SECONDS = 240
 
 
@@ -104,7 +106,7 @@ def test_the_demo_holds_what_it_promises(tmp_path: Path) -> None:
     assert summary["adherence_before"] < 0.10
     assert summary["accuracy_before"] >= 0.75
     assert summary["adherence_after"] >= 0.90
-    assert summary["accuracy_after"] >= 0.75
+    assert summary["accuracy_after"] >= summary["accuracy_before"] - ROUNDING
     assert output.count("  thinking  ") == output.count("  answer    ") == 180
     assert processes_naming(str(tmp_path)) == []
 
