@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from cluster.harmony import Codec, Conversation, Delta
+from cluster.harmony import Codec, Conversation, Delta, ParsedCall
 from serving.completion import Completion
 from serving.config import ServingConfig
 from serving.contract import ReasoningLanguage, judge, to_conversation
@@ -126,7 +126,10 @@ async def _prepare(chat: ChatRequest, config: ServingConfig, codec: Codec) -> _J
     messages = [message.to_message() for message in chat.messages]
     try:
         conversation = to_conversation(
-            messages, chat.reasoning_effort or config.default_effort, chat.reasoning_language
+            messages,
+            chat.reasoning_effort or config.default_effort,
+            chat.reasoning_language,
+            config.model.instruction_form,
         )
     except ValueError as error:
         message = f"reasoning_language: {error}"
@@ -162,6 +165,8 @@ async def _whole(job: _Job, config: ServingConfig, codec: Codec, engine: Engine)
     message |= {"reasoning": reply.analysis, "reasoning_content": reply.analysis}
     if reply.commentary:
         message["commentary"] = reply.commentary
+    if reply.tool_calls:
+        message["tool_calls"] = [_tool_call(job, place, call) for place, call in enumerate(reply.tool_calls)]
     choice = {"index": 0, "message": message, "logprobs": None, **await _ending(job, completion)}
     return {**_envelope(job, config, "chat.completion"), "choices": [choice], "usage": _usage(job, completion)}
 
@@ -185,10 +190,10 @@ async def _stream(
                 yield chunk({"role": "assistant", "content": ""})
                 opened = True
             for delta in completion.push(tokens):
-                if fields := _delta_fields(delta):
+                if fields := _delta_fields(delta, job, completion):
                     yield chunk(fields)
     for delta in completion.finish():
-        if fields := _delta_fields(delta):
+        if fields := _delta_fields(delta, job, completion):
             yield chunk(fields)
     yield chunk({}, **await _ending(job, completion))
     if job.request.include_usage:
@@ -217,8 +222,20 @@ def _event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-def _delta_fields(delta: Delta) -> dict[str, str]:
-    return dict.fromkeys(_FIELDS.get(delta.part, ()), delta.text)
+def _delta_fields(delta: Delta, job: _Job, completion: Completion) -> dict[str, Any]:
+    """Fields of a chunk's delta; a tool call's first, empty one carries its id and name."""
+    if delta.call is None:
+        return dict.fromkeys(_FIELDS.get(delta.part, ()), delta.text)
+    place = {"index": delta.call}
+    if delta.text:
+        return {"tool_calls": [{**place, "function": {"arguments": delta.text}}]}
+    return {"tool_calls": [place | _tool_call(job, delta.call, completion.calls[delta.call])]}
+
+
+def _tool_call(job: _Job, place: int, call: ParsedCall) -> dict[str, Any]:
+    """A call in OpenAI's form, its id made of the completion's; a tool that is no function keeps its full name."""
+    function = {"name": call.recipient.removeprefix("functions."), "arguments": call.arguments}
+    return {"id": f"call_{job.id.removeprefix('chatcmpl-')}_{place}", "type": "function", "function": function}
 
 
 async def _ending(job: _Job, completion: Completion) -> dict[str, Any]:

@@ -10,7 +10,13 @@ from typing import Any
 
 import httpx
 
-_STYLES = {"reasoning": "\033[2;36m", "commentary": "\033[33m", "content": "\033[0m", "note": "\033[2m"}
+_STYLES = {
+    "reasoning": "\033[2;36m",
+    "commentary": "\033[33m",
+    "content": "\033[0m",
+    "call": "\033[32m",
+    "note": "\033[2m",
+}
 _TITLES = {"reasoning": "thinking", "commentary": "commentary", "content": "answer"}
 _TIMEOUT = httpx.Timeout(10.0, read=None)
 
@@ -88,11 +94,11 @@ def _print_stream(chunks: Iterator[dict[str, Any]]) -> None:
     part, notes, unparsed = "", [], ""
     for chunk in chunks:
         for choice in chunk["choices"]:
-            for field in _TITLES:
-                if text := choice["delta"].get(field):
-                    if field != part:
-                        part = _open_part(part, field)
-                    print(text, end="", flush=True)
+            for title, style, text in _pieces(choice["delta"], part):
+                if title != part:
+                    _open_part(title, style, first=not part)
+                    part = title
+                print(text, end="", flush=True)
             if choice["finish_reason"]:
                 language = choice["reasoning_language"]
                 unparsed = choice.get("unparsed", "")
@@ -105,11 +111,21 @@ def _print_stream(chunks: Iterator[dict[str, Any]]) -> None:
     print(_styled("note", f"\n\n[{'; '.join(notes)}]"))
 
 
-def _open_part(before: str, field: str) -> str:
-    print(("\n\n" if before else "") + _styled("note", f"{_TITLES[field]}:"))
+def _pieces(delta: dict[str, Any], part: str) -> Iterator[tuple[str, str, str]]:
+    """Title, style and text of what a delta brings. Arguments go under the call that was named last."""
+    for field, title in _TITLES.items():
+        if text := delta.get(field):
+            yield title, field, text
+    for call in delta.get("tool_calls", ()):
+        function = call["function"]
+        part = f"call {call['index'] + 1}, {function['name']}" if "name" in function else part
+        yield part, "call", function["arguments"]
+
+
+def _open_part(title: str, style: str, *, first: bool) -> None:
+    print(("" if first else "\n\n") + _styled("note", f"{title}:"))
     if sys.stdout.isatty():
-        print(_STYLES[field], end="")
-    return field
+        print(_STYLES[style], end="")
 
 
 def _styled(style: str, text: str) -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from cluster.harmony import Codec, Delta, Reply
+from cluster.harmony import Codec, Delta, Label, Outcome, ParsedCall, Reply
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class Completion:
-    """Parses tokens as they come and counts them. Once `finish` was called, `reply` holds the whole.
+    """Parses tokens as they come. Once `finish` was called, `reply` holds the whole and the counts are final.
 
-    `tokens` counts all generated tokens, control tokens included; `reasoning_tokens` those whose text stands in the
-    analysis channel.
+    `tokens` counts all generated tokens, control tokens included; `reasoning_tokens` those of messages in the
+    analysis channel, with their headers and end tokens. `finish_reason` is OpenAI's.
     """
 
     def __init__(self, codec: Codec) -> None:
@@ -22,44 +22,29 @@ class Completion:
         self.reasoning_tokens = 0
         self.finish_reason: FinishReason = "length"
         self.reply: Reply | None = None
-        self._codec = codec
         self._parser = codec.parser()
-        self._emitted = {"analysis": 0, "commentary": 0, "final": 0, "unparsed": 0}
-        self._undecided = 0
+
+    @property
+    def calls(self) -> Sequence[ParsedCall]:
+        """Tool calls that were opened so far, without their arguments."""
+        return self._parser.calls
 
     def push(self, tokens: Sequence[int]) -> list[Delta]:
         """Take new tokens; returns the text that they complete."""
-        deltas: list[Delta] = []
-        for token in tokens:
-            self.tokens += 1
-            if token in self._codec.stop_tokens:
-                self.finish_reason = "stop"
-            control = token in self._codec.names
-            self._undecided += not control
-            new = self._parser.push(token)
-            self._count(new)
-            if control:
-                self._undecided = 0
-            deltas += new
-        return deltas
+        self.tokens += len(tokens)
+        return [delta for token in tokens for delta in self._parser.push(token)]
 
     def finish(self) -> list[Delta]:
         """The engine has no more tokens; returns the text that the parser still held back."""
-        self.reply = reply = self._parser.finish()
-        texts = (
-            Delta("analysis", reply.analysis[self._emitted["analysis"] :]),
-            Delta("commentary", reply.commentary[self._emitted["commentary"] :]),
-            Delta("final", reply.final[self._emitted["final"] :]),
-            Delta("unparsed", reply.unparsed[self._emitted["unparsed"] :]),
-        )
-        deltas = [delta for delta in texts if delta.text]
-        self._count(deltas)
+        deltas = self._parser.flush()
+        self.reply = self._parser.finish()
+        self.reasoning_tokens = self.reply.labels.count(Label.ANALYSIS)
+        self.finish_reason = _finish_reason(self.reply)
         return deltas
 
-    def _count(self, deltas: list[Delta]) -> None:
-        """Text tokens belong to the part that their text comes out in; a character may take several tokens."""
-        for delta in deltas:
-            self._emitted[delta.part] += len(delta.text)
-        if deltas:
-            self.reasoning_tokens += self._undecided if deltas[0].part == "analysis" else 0
-            self._undecided = 0
+
+def _finish_reason(reply: Reply) -> FinishReason:
+    """A client runs the calls when it reads `tool_calls`: not where the budget may have cut one."""
+    if reply.tool_calls and (reply.stopped or reply.outcome == Outcome.TOOL_CALL):
+        return "tool_calls"
+    return "stop" if reply.stopped else "length"

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from cluster.config import Config
 from cluster.harmony import Effort
+from cluster.languages import InstructionForm
 
 
 class ModelConfig(Config):
@@ -20,6 +21,8 @@ class ModelConfig(Config):
     """id that clients ask for as `model`; without one, the name of the folder"""
     precision: Literal["bf16", "fp32"] = "bf16"
     """precision of the weights in memory; packed experts are dequantised to it on load"""
+    instruction_form: InstructionForm = "english"
+    """wording of the wish for a reasoning language that the model was trained on: english or japanese"""
 
     @property
     def served_name(self) -> str:

@@ -12,7 +12,14 @@ from enum import StrEnum
 from pydantic import BaseModel, ConfigDict
 
 from cluster.harmony import Conversation, Effort, Message
-from cluster.languages import UNDETERMINED, detect_language, find_language, reasoning_instruction
+from cluster.languages import (
+    UNDETERMINED,
+    InstructionForm,
+    detect_language,
+    detection_candidates,
+    find_language,
+    reasoning_instruction,
+)
 
 
 class Verdict(StrEnum):
@@ -34,7 +41,9 @@ class ReasoningLanguage(BaseModel):
     verdict: Verdict
 
 
-def to_conversation(messages: Sequence[Message], effort: Effort, language: str | None) -> Conversation:
+def to_conversation(
+    messages: Sequence[Message], effort: Effort, language: str | None, form: InstructionForm = "english"
+) -> Conversation:
     """What the model is asked: `messages`, with the wish for a reasoning language put first in the developer message.
 
     The instruction, a blank line and the text of the first system or developer message; the instruction alone, as a
@@ -42,13 +51,14 @@ def to_conversation(messages: Sequence[Message], effort: Effort, language: str |
 
     Args:
         language: BCP-47 tag or name of the language to reason in; None leaves it to the model.
+        form: the wording that the model was trained on.
 
     Raises:
-        ValueError: the language is not in `cluster.languages`; the message lists those that are.
+        ValueError: the language is not in `cluster.languages`; the message suggests some that are.
     """
     turns = list(messages)
     if language is not None:
-        instruction = reasoning_instruction(find_language(language).tag)
+        instruction = reasoning_instruction(find_language(language).tag, form)
         place = next((i for i, turn in enumerate(turns) if turn.role in ("system", "developer")), None)
         if place is None:
             turns.insert(0, Message(role="developer", content=instruction))
@@ -61,15 +71,19 @@ def to_conversation(messages: Sequence[Message], effort: Effort, language: str |
 def judge(thinking: str, language: str | None) -> ReasoningLanguage:
     """Holds the language of `thinking` against the wish.
 
+    Detection chooses among the whole catalogue. A tag that is more specific than the wish follows it, as in the basic
+    filtering of RFC 4647, section 3.3.1: who asked for `zh` may get `zh-Hant`.
+
     Raises:
         ValueError: as `to_conversation`.
     """
-    detected = detect_language(thinking)
-    if language is None:
-        return ReasoningLanguage(requested=None, detected=detected, verdict=Verdict.NOT_REQUESTED)
-    requested = find_language(language).tag
-    if detected == UNDETERMINED:
+    requested = None if language is None else find_language(language).tag
+    detected = detect_language(thinking, detection_candidates(requested))
+    if requested is None:
+        verdict = Verdict.NOT_REQUESTED
+    elif detected == UNDETERMINED:
         verdict = Verdict.UNDETERMINED
     else:
-        verdict = Verdict.FOLLOWED if detected == requested else Verdict.NOT_FOLLOWED
+        followed = f"{detected}-".startswith(f"{requested}-")
+        verdict = Verdict.FOLLOWED if followed else Verdict.NOT_FOLLOWED
     return ReasoningLanguage(requested=requested, detected=detected, verdict=verdict)

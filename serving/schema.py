@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from cluster.harmony import Effort, Message, Role
+from cluster.harmony import Effort, Message
 
 _ANY = object()
 
@@ -126,7 +126,7 @@ def _drop_neutral(value: Any, neutral: dict[str, tuple[Any, ...]]) -> Any:
 class ChatMessage(_Strict):
     """One turn. The thinking of past assistant turns is accepted and dropped: Harmony does not feed it back."""
 
-    role: Role
+    role: Literal["system", "developer", "user", "assistant"]
     content: Content
     reasoning: str | None = None
     reasoning_content: str | None = None

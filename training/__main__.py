@@ -1,4 +1,4 @@
-"""Command line of training: `python -m training run | merge`."""
+"""Command line of training: `python -m training run | merge | data`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ USAGE = """usage: python -m training VERB [flags]
 
   run     fine-tune gpt-oss with LoRA on a Ray cluster, or resume a run
   merge   fold an adapter into its base and write a bf16 checkpoint
+  data    check, show, mix and prepare data sets: `python -m training data --help`
 
 `python -m training VERB --help` lists the flags of a verb."""
 
 
 def main(arguments: list[str]) -> int:
     """Run one verb; returns the exit code: 0 done, 1 failed, 2 something that the user can mend."""
-    verbs = {"run": _run, "merge": _merge}
+    verbs = {"run": _run, "merge": _merge, "data": _data}
     if not arguments or arguments[0] not in verbs:
         print(USAGE, file=sys.stdout if arguments[:1] in (["-h"], ["--help"]) else sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
@@ -75,6 +76,12 @@ def _merge(arguments: list[str]) -> int:
     merge(flags.adapter, flags.out, base=flags.base)
     print(f"merged    {flags.out}")
     return 0
+
+
+def _data(arguments: list[str]) -> int:
+    from training.data.commands import main
+
+    return main(arguments)
 
 
 if __name__ == "__main__":

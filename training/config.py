@@ -6,9 +6,20 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from cluster.config import Config
+
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".gz", ".bz2", ".zst")
 
 
 def _existing(path: str) -> str:
@@ -18,11 +29,19 @@ def _existing(path: str) -> str:
     return path
 
 
+def _existing_or_hub_id(path: str) -> str:
+    return path if _is_hub_id(path) and not path.endswith(DATA_SUFFIXES) else _existing(path)
+
+
 def _folder_or_hub_id(path: str) -> str:
     path = str(Path(path).expanduser()) if path.startswith("~") else path
-    if Path(path).is_dir() or (re.fullmatch(r"[\w-]+/[\w.-]+", path) and not Path(path.split("/")[0]).exists()):
+    if Path(path).is_dir() or _is_hub_id(path):
         return path
     raise ValueError("no such folder; give a checkpoint folder, or a hub id such as openai/gpt-oss-20b")
+
+
+def _is_hub_id(path: str) -> bool:
+    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", path)) and not Path(path.split("/")[0]).exists()
 
 
 def _unwrap_word(value: object) -> object:
@@ -30,7 +49,7 @@ def _unwrap_word(value: object) -> object:
     return value[0] if value == ["all"] and isinstance(value, list) else value
 
 
-ExistingPath = Annotated[str, AfterValidator(_existing)]
+DataPath = Annotated[str, AfterValidator(_existing_or_hub_id)]
 
 
 class ModelConfig(Config):
@@ -46,17 +65,65 @@ class ModelConfig(Config):
     """experts implementation of transformers; grouped_mm needs bf16 or a GPU"""
 
 
-class DataConfig(Config):
-    """Conversations to learn from, as JSONL: one object a line with `messages`."""
+class ColumnsConfig(Config):
+    """Names of a record's fields, where they are not the usual ones; a field that is not set is found by itself."""
 
-    train: ExistingPath
-    """JSONL file of training conversations"""
-    evaluation: ExistingPath | None = None
-    """JSONL file of held-out conversations whose loss is measured while training"""
+    messages: str | None = None
+    """list of turns with role and content, or with from and value; else `messages` or `conversations`"""
+    question: str | None = None
+    """text of the user's turn; else question, prompt, problem, instruction or input"""
+    reasoning: str | None = None
+    """text that the answer is reasoned out in; else reasoning, thinking, cot or rationale"""
+    answer: str | None = None
+    """text of the assistant's turn; else answer, response, output, completion or solution"""
+    instructions: str | None = None
+    """text of the developer's turn before the others; beside question and answer else instructions, developer,
+    system or system_prompt"""
+    tools: str | None = None
+    """list of functions in OpenAI's shape, or that list as JSON text; else `tools`"""
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> ColumnsConfig:
+        if self.messages and (self.question or self.reasoning or self.answer):
+            raise ValueError("set messages, or question, reasoning and answer, but not both")
+        return self
+
+
+class WeightsConfig(Config):
+    """Weight of each channel's tokens in the loss; those of channels that `data.train_on` leaves out do not count."""
+
+    analysis: NonNegativeFloat = 1.0
+    """weight of the thinking"""
+    commentary: NonNegativeFloat = 1.0
+    """weight of tool calls and of preambles to them"""
+    final: NonNegativeFloat = 1.0
+    """weight of the answers"""
+
+
+class DataConfig(Config):
+    """Conversations to learn from: JSONL or Parquet files, a folder of them, or a hub data set."""
+
+    train: DataPath
+    """training conversations: a JSONL or Parquet file, a folder of them, a storage URI, or a hub id"""
+    evaluation: DataPath | None = None
+    """held-out conversations, as `train`, whose loss is measured while training"""
+    columns: ColumnsConfig = ColumnsConfig()
+    """names of the records' fields"""
     sequence_length: PositiveInt = 2048
-    """longest conversation in tokens; a longer one is an error, never cut in silence"""
+    """tokens in a row of a batch, and the longest conversation that is not split or dropped"""
+    packing: bool = True
+    """conversations share rows, kept apart in attention; else each has a row of its own and batches are padded"""
+    long_documents: Literal["error", "split", "drop"] = "error"
+    """what becomes of a conversation that is longer than sequence_length: never cut in silence"""
     train_on: tuple[Literal["analysis", "commentary", "final"], ...] = ("analysis", "commentary", "final")
-    """channels of the last assistant turn that carry loss"""
+    """channels that carry loss, in every assistant turn"""
+    weights: WeightsConfig = WeightsConfig()
+    """weight of each channel in the loss"""
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each channel that carries loss."""
+        return {channel: getattr(self.weights, channel) for channel in self.train_on}
 
 
 class LoraConfig(Config):
@@ -98,10 +165,10 @@ class OptimizerConfig(Config):
 
 
 class BatchConfig(Config):
-    """How many conversations make a step: micro_batch_size × accumulation_steps × workers."""
+    """How many rows make a step: micro_batch_size × accumulation_steps × workers."""
 
     micro_batch_size: PositiveInt = 4
-    """conversations in one forward and backward pass of one worker"""
+    """rows of up to data.sequence_length tokens in one forward and backward pass of one worker"""
     accumulation_steps: PositiveInt = 4
     """passes before the optimizer steps"""
     gradient_checkpointing: bool = True
@@ -159,5 +226,5 @@ class TrainingConfig(Config):
 
     @property
     def global_batch_size(self) -> int:
-        """Conversations in one optimizer step, over all workers."""
+        """Rows in one optimizer step, over all workers."""
         return self.batch.micro_batch_size * self.batch.accumulation_steps * self.workers.count

@@ -18,6 +18,9 @@ from cluster.artifacts import MANIFEST, publish, write_manifest
 from cluster.config import ConfigError
 from training.callbacks import CHECKPOINT_FOLDER
 from training.config import TrainingConfig
+from training.data.documents import require_trained_tokens
+from training.data.places import absolute
+from training.data.prepare import prepare, read_prepared
 from training.worker import train_loop
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -47,7 +50,7 @@ def run(config: TrainingConfig) -> Path:
     check_resources(config, ray.cluster_resources())
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config=config.model_dump(mode="json"),
+        train_loop_config={"config": config.model_dump(mode="json"), **prepare_data(config)},
         scaling_config=ScalingConfig(
             num_workers=config.workers.count,
             use_gpu=config.workers.gpus > 0,
@@ -73,6 +76,23 @@ def run(config: TrainingConfig) -> Path:
     return adapter
 
 
+def prepare_data(config: TrainingConfig) -> dict[str, str | None]:
+    """Folders of shards for `train` and `evaluation`, made by a Ray Data job or found; None where there is no data.
+
+    Raises:
+        DataError: a record is broken, or no token of the data is trained.
+    """
+    folders: dict[str, str | None] = {}
+    for name in ("train", "evaluation"):
+        path = getattr(config.data, name)
+        folders[name] = None
+        if path is not None:
+            folder = prepare(path, config.data, config.model.path, config.run.storage, config.run.seed)
+            require_trained_tokens(path, read_prepared(folder).counts, config.data)
+            folders[name] = str(folder)
+    return folders
+
+
 def locate(config: TrainingConfig) -> TrainingConfig:
     """The configuration with paths that hold in every process.
 
@@ -95,13 +115,13 @@ def locate(config: TrainingConfig) -> TrainingConfig:
     if inside_job():
         return config.model_copy(update={"run": run})
     data = {
-        name: _absolute(path) for name in ("train", "evaluation") if (path := getattr(config.data, name)) is not None
+        name: absolute(path) for name in ("train", "evaluation") if (path := getattr(config.data, name)) is not None
     }
     return config.model_copy(
         update={
             "run": run,
             "data": config.data.model_copy(update=data),
-            "model": config.model.model_copy(update={"path": _absolute(config.model.path)}),
+            "model": config.model.model_copy(update={"path": absolute(config.model.path)}),
         }
     )
 
@@ -161,8 +181,3 @@ def _claim(folder: Path, config: TrainingConfig) -> None:
 
 def _versions() -> dict[str, Any]:
     return {package: version(package) for package in PACKAGES}
-
-
-def _absolute(path: str) -> str:
-    """A path that exists, made absolute; a hub id or a URI as it is."""
-    return str(Path(path).absolute()) if Path(path).exists() else path

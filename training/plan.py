@@ -12,7 +12,10 @@ from cluster.config import ConfigError
 from cluster.harmony import Codec
 from cluster.model import ModelShape
 from training.config import TrainingConfig
-from training.data.rows import RowCount, count_rows, read_rows
+from training.data.conversations import DataError
+from training.data.documents import Counts, require_trained_tokens
+from training.data.prepare import PART_BYTES, packed_rows
+from training.data.sources import is_hub_id, parts
 
 OPTIONAL_TRACKERS = ("trackio", "wandb", "mlflow")
 """trackers whose package, of the same name, this project does not install"""
@@ -24,7 +27,8 @@ class Plan:
     """Counts and sizes of a run. `shape` is None for a hub model that the driver has not downloaded."""
 
     config: TrainingConfig
-    data: RowCount | None
+    data: Counts | None
+    rows: int | None
     steps: int | None
     shape: ModelShape | None
     trainable_parameters: int | None
@@ -37,7 +41,7 @@ class Plan:
             f"run       {config.run.name} in {config.run.storage}",
             f"workers   {workers.count} × {device}",
             f"batch     {config.batch.micro_batch_size} × {config.batch.accumulation_steps} accumulated × "
-            f"{workers.count} workers = {config.global_batch_size} conversations a step",
+            f"{workers.count} workers = {config.global_batch_size} rows a step",
         ]
         if self.shape:
             weights = self.shape.parameters * BYTES[config.model.precision] / 2**30
@@ -52,11 +56,19 @@ class Plan:
             lines.append(
                 f"adapters  rank {config.lora.rank}: {self.trainable_parameters / 1e6:.2f} M trainable parameters"
             )
-        if self.data:
+        if self.data and self.rows:
+            trained = self.data.trained(config.data.train_on)
             lines.append(
-                f"data      {self.data.conversations} conversations, {self.data.tokens:,} tokens, "
-                f"{self.data.trained_tokens / self.data.tokens:.0%} of them trained, longest {self.data.longest}"
+                f"data      {self.data['conversations']} conversations, {self.data['tokens']:,} tokens, "
+                f"{trained / self.data['tokens']:.0%} of them trained, longest {self.data['longest']}"
             )
+            lines.append(
+                f"rows      {self.rows} of {config.data.sequence_length} tokens, "
+                f"{self.data['tokens'] / self.rows / config.data.sequence_length:.1%} full"
+                + "".join(f", {self.data[what]} {what}" for what in ("split", "dropped") if self.data[what])
+            )
+        elif self.config.data.train:
+            lines.append(f"data      {config.data.train}: counted when the run prepares it")
         if self.steps:
             lines.append(f"steps     {self.steps}")
         return "\n".join(lines)
@@ -72,13 +84,31 @@ def make_plan(config: TrainingConfig) -> Plan:
     if tracker in OPTIONAL_TRACKERS and importlib.util.find_spec(tracker) is None:
         raise ConfigError(f"run.tracker = {tracker!r} needs the package {tracker}: pip install {tracker}")
     if not Path(config.model.path).is_dir():
-        return Plan(config, None, config.run.maximum_steps, None, None)
+        return Plan(config, None, None, config.run.maximum_steps, None, None)
     shape = check_checkpoint(config.model.path)
     codec = _codec(config.model.path)
-    data = count_rows(read_rows(config.data.train, codec, config.data))
     if config.data.evaluation:
-        count_rows(read_rows(config.data.evaluation, codec, config.data))
-    return Plan(config, data, _steps(config, data.conversations), shape, _trainable(config, shape))
+        _count(config, config.data.evaluation, codec)
+    data, rows = _count(config, config.data.train, codec)
+    steps = config.run.maximum_steps if rows is None else _steps(config, rows)
+    return Plan(config, data, rows, steps, shape, _trainable(config, shape))
+
+
+def _count(config: TrainingConfig, path: str, codec: Codec) -> tuple[Counts | None, int | None]:
+    """What the data amounts to and its rows; None for both where the data is too large to be read twice.
+
+    Raises:
+        DataError: a record is broken, or nothing would be trained.
+    """
+    pieces = parts(path, PART_BYTES)
+    if len(pieces) > 1 or is_hub_id(path):
+        return None, None
+    counts = Counts()
+    rows = sum(1 for _ in packed_rows(pieces[0], 0, config.data, codec, config.run.seed, counts))
+    if rows == 0:
+        raise DataError(path, "the source holds no conversation; write one JSON object a line, with `messages`")
+    require_trained_tokens(path, counts, config.data)
+    return counts, rows
 
 
 def _codec(folder: str) -> Codec:
@@ -88,9 +118,9 @@ def _codec(folder: str) -> Codec:
         raise ArtifactError(f"{Path(folder) / 'tokenizer.json'}: {error}") from None
 
 
-def _steps(config: TrainingConfig, conversations: int) -> int:
+def _steps(config: TrainingConfig, rows: int) -> int:
     """Optimizer steps, counted as transformers' Trainer does: a last, smaller batch of an epoch is a step too."""
-    passes = math.ceil(math.ceil(conversations / config.workers.count) / config.batch.micro_batch_size)
+    passes = math.ceil(math.ceil(rows / config.workers.count) / config.batch.micro_batch_size)
     per_epoch = math.ceil(passes / config.batch.accumulation_steps)
     return config.run.maximum_steps or math.ceil(per_epoch * config.run.epochs)
 

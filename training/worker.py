@@ -11,45 +11,50 @@ from typing import Any
 
 import ray.train
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer, PrinterCallback, set_seed
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
-from cluster.harmony import Codec
 from training.callbacks import CHECKPOINT_FOLDER, DidItTrain, Progress, RayReport
 from training.config import TrainingConfig
-from training.data.rows import read_rows
+from training.data.collator import Collator
+from training.data.prepare import read_prepared, shard_files
 from training.modeling.base import load_base, peft_config
+from training.modeling.isolation import isolate_documents
+from training.trainer import WeightedTrainer
 
 
 def train_loop(raw: dict[str, Any]) -> None:
-    """Train on this worker's share of the data; `raw` is `TrainingConfig.model_dump(mode="json")`.
+    """Train on this worker's share of the data.
+
+    `raw` holds `config`, which is `TrainingConfig.model_dump(mode="json")`, and under `train` and `evaluation` the
+    folders of shards, the latter or None.
 
     Results leave only through `ray.train.report`; the same call resumes from Ray's latest checkpoint.
     """
     # Ray Train stands in a folder of its own; relative paths are meant from the project, in a job this node's copy.
     os.chdir(Path(__file__).resolve().parents[1])
-    config = TrainingConfig.model_validate(raw)
+    config = TrainingConfig.model_validate(raw["config"])
     _quiet_libraries()
     use_gpu = config.workers.gpus > 0
     device = torch.device("cuda") if use_gpu else torch.device("cpu")
     if not use_gpu:
         torch.set_num_threads(config.workers.cpus)
     set_seed(config.run.seed)
-    codec = Codec.from_folder(config.model.path)
-    train_rows = _dataset(config, codec, config.data.train)
-    evaluation_rows = _dataset(config, codec, config.data.evaluation) if config.data.evaluation else None
     model = load_base(config.model, device)
+    isolate_documents(model)
+    evaluation_rows = read_shards(raw["evaluation"]) if raw["evaluation"] else None
     with tempfile.TemporaryDirectory(prefix="raysoner-") as output:
-        trainer = SFTTrainer(
+        trainer = WeightedTrainer(
             model=model,
             args=trainer_arguments(config, output, evaluate=evaluation_rows is not None),
-            train_dataset=train_rows,
+            data_collator=Collator(config.data.loss_weights),
+            train_dataset=read_shards(raw["train"]),
             eval_dataset=evaluation_rows,
             processing_class=AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False),
             peft_config=peft_config(config.lora, model.config.num_hidden_layers),
-            callbacks=[RayReport(), Progress(_tokens_per_step(config, train_rows)), DidItTrain()],
+            callbacks=[RayReport(), Progress(_tokens_per_step(config, raw["train"])), DidItTrain()],
         )
         trainer.remove_callback(PrinterCallback)
         checkpoint = ray.train.get_checkpoint()
@@ -85,7 +90,9 @@ def trainer_arguments(config: TrainingConfig, output: str, *, evaluate: bool) ->
         use_cpu=config.workers.gpus == 0,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
-        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,
+        train_sampling_strategy="random" if config.data.packing else "group_by_length",
+        length_column_name="size",
         logging_steps=run.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
@@ -104,12 +111,15 @@ def _quiet_libraries() -> None:
     logging.getLogger().setLevel(logging.WARNING)
     set_verbosity_error()
     disable_progress_bar()
+    disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def _dataset(config: TrainingConfig, codec: Codec, path: str) -> Dataset:
-    return Dataset.from_list([row._asdict() for row in read_rows(path, codec, config.data)])
+def read_shards(folder: str) -> Dataset:
+    """The rows of a folder of shards, memory-mapped."""
+    return Dataset.from_parquet(shard_files(Path(folder)))
 
 
-def _tokens_per_step(config: TrainingConfig, rows: Dataset) -> float:
-    return sum(map(len, rows["input_ids"])) / len(rows) * config.global_batch_size
+def _tokens_per_step(config: TrainingConfig, folder: str) -> float:
+    prepared = read_prepared(Path(folder))
+    return prepared.counts["tokens"] / prepared.rows * config.global_batch_size

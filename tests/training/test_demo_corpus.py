@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from cluster.languages import LANGUAGES
 from training.demo import corpus, phrasebook, problems
 from training.demo.corpus import fine_tuning_samples, heldout_questions, pretraining_sample
 from training.demo.grading import adheres, is_right
+from training.demo.phrasebook import LANGUAGES
 from training.demo.problems import HELDOUT_NUMBERS, TASKS
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -149,7 +149,7 @@ def test_phrase_books_are_complete() -> None:
     assert (len(phrasebook.words().train), len(phrasebook.words().heldout)) == (300, 60)
     assert all(re.fullmatch("[a-z]{4,10}", word) for split in ("train", "heldout") for word in _words(split))
     assert (len(phrasebook.country_keys().train), len(phrasebook.country_keys().heldout)) == (30, 10)
-    assert all(country.fields.keys() == LANGUAGES.keys() for country in phrasebook.countries().values())
+    assert all(set(country.fields) == set(LANGUAGES) for country in phrasebook.countries().values())
 
 
 def _words(split: Any) -> tuple[str, ...]:
@@ -240,10 +240,10 @@ def test_too_many_fine_tuning_samples_are_refused(monkeypatch: pytest.MonkeyPatc
 def test_pretraining_diet() -> None:
     samples = pretraining()
     chats = [sample for sample in samples if "messages" in sample]
-    assert 0.16 < 1 - len(chats) / len(samples) < 0.20
+    assert 0.24 < 1 - len(chats) / len(samples) < 0.30
     assert {sample["language"] for sample in chats} == set(LANGUAGES)
     with_developer = sum(sample["messages"][0]["role"] == "developer" for sample in chats)
-    assert 0.72 < with_developer / len(chats) < 0.78
+    assert 0.66 < with_developer / len(chats) < 0.74
     thoughts = [sample["messages"][-1]["thinking"].replace("×", "x") for sample in chats]
     assert [thinking for thinking in thoughts if not thinking.isascii()] == []
 

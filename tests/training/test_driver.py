@@ -54,7 +54,9 @@ def test_the_plan_counts_what_the_run_will_do(config: TrainingConfig) -> None:
     whole = with_run(config, maximum_steps=None, epochs=2.0)
     plan = make_plan(whole)
     assert plan.data is not None
-    batches = -(-plan.data.conversations // (2 * whole.batch.micro_batch_size))
+    assert plan.rows is not None
+    assert plan.data["conversations"] == 2250
+    batches = -(-plan.rows // (2 * whole.batch.micro_batch_size))
     assert plan.steps == 2 * -(-batches // whole.batch.accumulation_steps)
     assert plan.trainable_parameters == 571_392
     assert f"steps     {plan.steps}" in str(plan)

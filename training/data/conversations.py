@@ -1,114 +1,85 @@
-"""Reads conversations from JSONL: one object a line, with `messages` of system, developer, user and assistant turns."""
+"""Conversations from files, folders, storage URIs and the hub, streamed; what is broken says where and what to do."""
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-import pyarrow.fs
-from pydantic import ValidationError
+from cluster.harmony import Conversation
+from training.config import ColumnsConfig
+from training.data.columns import parse_record
+from training.data.places import DataError, Place
+from training.data.records import read_records
+from training.data.sources import Part, parts
 
-from cluster.harmony import Conversation, Message, Role
-
-
-class DataError(ValueError):
-    """A line the user can mend; the message is one sentence that names file, line and what is wrong."""
+__all__ = [
+    "DataError",
+    "Part",
+    "Place",
+    "SourcedConversation",
+    "parts",
+    "read_conversations",
+    "read_part",
+    "scan_conversations",
+]
 
 
 class SourcedConversation(NamedTuple):
-    """A conversation and where it stands, as `file:line`."""
+    """A conversation, its place, and the fields of its record that are no part of it, such as `language`."""
 
-    source: str
+    source: Place
     conversation: Conversation
+    fields: dict[str, Any]
 
 
-def read_conversations(path: str) -> Iterator[SourcedConversation]:
-    """Conversations of a JSONL file, streamed; `path` is local or a storage URI. Blank lines are skipped.
+def read_conversations(path: str, columns: ColumnsConfig | None = None) -> Iterator[SourcedConversation]:
+    """Conversations of a source, streamed. Blank lines are skipped.
 
-    An assistant turn's thinking is read from `thinking`, or from `reasoning_content`. Other fields of a record are
-    left alone: a data set may carry what it likes beside `messages`.
-
-    Raises:
-        DataError: a line is no JSON object, has no or unknown turns, or does not end in an assistant turn; or the
-            file holds no conversation.
-    """
-    count = 0
-    with _open(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                count += 1
-                source = f"{path}:{number}"
-                yield SourcedConversation(source, parse_record(_decode(line, source), source))
-    if count == 0:
-        raise DataError(f"{path}: the file holds no conversation; write one JSON object a line, with `messages`")
-
-
-def parse_record(record: Any, source: str) -> Conversation:
-    """A decoded JSON object as a conversation; `source` is named in errors.
+    Args:
+        path: a JSONL or Parquet file, a folder of them, a storage URI, or a hub data set's id; see `parts`.
+        columns: names of the records' fields; those that are not named are found by themselves.
 
     Raises:
-        DataError: as `read_conversations`.
+        DataError: a record cannot be read, is no conversation or does not end in an assistant turn; or the source
+            does not exist, or holds no conversation.
     """
-    if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
-        raise DataError(f"{source}: each line must be a JSON object with a list `messages`")
-    if not record["messages"]:
-        raise DataError(f"{source}: the conversation is empty: `messages` needs a user and an assistant turn")
-    messages = tuple(
-        _parse_message(turn, f"{source}: messages[{index}]") for index, turn in enumerate(record["messages"])
-    )
-    if messages[-1].role != "assistant":
-        raise DataError(
-            f"{source}: the conversation has no assistant turn at its end: there is nothing to learn from it"
-        )
-    return Conversation(messages=messages)
+    for found in scan_conversations(path, columns):
+        if isinstance(found, DataError):
+            raise found
+        yield found
 
 
-def _parse_message(turn: Any, place: str) -> Message:
-    if not isinstance(turn, dict):
-        raise DataError(f"{place} must be an object with `role` and `content`")
-    roles = get_args(Role)
-    if turn.get("role") not in roles:
-        raise DataError(f"{place}: role {turn.get('role')!r} is unknown; use one of {', '.join(roles)}")
-    fields = {"role": turn["role"], "content": turn.get("content"), "thinking": turn.get("thinking")}
-    if fields["thinking"] is None:
-        fields["thinking"] = turn.get("reasoning_content")
-    if fields["thinking"] is not None and turn["role"] != "assistant":
-        raise DataError(f"{place}: only an assistant turn has `thinking`, not a {turn['role']} turn")
+def scan_conversations(path: str, columns: ColumnsConfig | None = None) -> Iterator[SourcedConversation | DataError]:
+    """As `read_conversations`, but errors are yielded, and reading goes on with the next record where it can."""
     try:
-        message = Message.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise DataError(f"{place}: `{first['loc'][0]}` must be text, not {type(first['input']).__name__}") from None
-    try:
-        f"{message.content}{message.thinking}".encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise DataError(f"{place}: the text holds {half!r}, half a surrogate pair, which is no character") from None
-    if message.role == "assistant" and not message.content.strip():
-        raise DataError(f"{place}: the assistant's `content` is empty")
-    return message
-
-
-def _decode(line: bytes, source: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source}: the line is not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise DataError(f"{source}: the line is not valid JSON ({reason})") from None
-
-
-@contextmanager
-def _open(path: str) -> Iterator[IO[bytes]]:
-    if "://" not in path:
-        with Path(path).open("rb") as stream:
-            yield stream
+        pieces = parts(path)
+    except DataError as error:
+        yield error
         return
-    filesystem, inner = pyarrow.fs.FileSystem.from_uri(path)
-    with io.BufferedReader(filesystem.open_input_file(inner)) as stream:
-        yield stream
+    empty = True
+    for part in pieces:
+        for found in read_part(part, columns):
+            empty = False
+            yield found
+    if empty:
+        yield DataError(path, "the source holds no conversation; write one JSON object a line, with `messages`")
+
+
+def read_part(part: Part, columns: ColumnsConfig | None = None) -> Iterator[SourcedConversation | DataError]:
+    """Conversations of a part, and an error in place of each record that is broken.
+
+    Reading goes on with the next record, or ends after the error where there is no way on, as in a file that is cut
+    off. A part that holds no record yields nothing.
+    """
+    settings = columns or ColumnsConfig()
+    for record in read_records(part):
+        if isinstance(record, DataError):
+            yield record
+            continue
+        try:
+            conversation, fields = parse_record(record.value, record.place, settings)
+        except DataError as error:
+            found: SourcedConversation | DataError = error
+        else:
+            found = SourcedConversation(record.place, conversation, fields)
+        yield found

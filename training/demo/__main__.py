@@ -20,8 +20,9 @@ from typing import Any
 
 import httpx
 
-from cluster.languages import LANGUAGES
+from cluster.languages import CATALOGUE
 from cluster.local import LocalRay, free_ports, local_ray, stop_tree
+from training.demo import phrasebook
 from training.demo.endpoint import Graded, ask_all, read_questions, shares
 
 FOLDER = Path("training/demo")
@@ -135,8 +136,8 @@ def print_replies(replies: list[Graded]) -> None:
     """Every question with its thinking, its answer, the language found in the thinking, and the verdict."""
     for reply in replies:
         asked, found = reply.record["reasoning_language"], reply.language
-        found_name = LANGUAGES[found].name if found in LANGUAGES else "undetermined"
-        print(f"\n[{LANGUAGES[asked].name}] {reply.question}")
+        found_name = CATALOGUE[found].name if found in CATALOGUE else "undetermined"
+        print(f"\n[{CATALOGUE[asked].name}] {reply.question}")
         print(f"  thinking  {reply.thinking}")
         print(f"  answer    {reply.answer}")
         print(f"  language  {found_name}{'' if reply.adheres else ' (not as asked)'}, {_verdict(reply)}")
@@ -145,13 +146,13 @@ def print_replies(replies: list[Graded]) -> None:
 def print_table(before: list[Graded], after: list[Graded]) -> None:
     """Adherence and accuracy by language, before → after."""
     print(f"\n{'reasoning in':<14}{'questions':>10}{'as asked':>18}{'right':>18}")
-    for tag, language in LANGUAGES.items():
+    for tag in phrasebook.LANGUAGES:
         pairs = [(b, a) for b, a in zip(before, after, strict=True) if b.record["reasoning_language"] == tag]
         if not pairs:
             continue
         adherence = _change([b.adheres for b, _ in pairs], [a.adheres for _, a in pairs])
         accuracy = _change([b.right for b, _ in pairs], [a.right for _, a in pairs])
-        print(f"{language.name:<14}{len(pairs):>10}{adherence:>18}{accuracy:>18}")
+        print(f"{CATALOGUE[tag].name:<14}{len(pairs):>10}{adherence:>18}{accuracy:>18}")
     (adheres_before, right_before), (adheres_after, right_after) = shares(before), shares(after)
     adherence = f"{adheres_before:.0%} → {adheres_after:.0%}"
     print(f"{'all (1)':<14}{len(after):>10}{adherence:>18}{f'{right_before:.0%} → {right_after:.0%}':>18}")

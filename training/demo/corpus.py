@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from cluster.languages import LANGUAGES, reasoning_instruction
+from cluster.languages import CATALOGUE, reasoning_instruction
 from training.demo import phrasebook, problems
 from training.demo.phrasebook import Split
 from training.demo.problems import TASKS, Problem
@@ -21,7 +21,7 @@ Sample = dict[str, Any]
 REVERSE_CAPITAL = "reverse_capital"
 """The pretraining-only task that asks which country a capital belongs to."""
 
-_LANGUAGES = tuple(LANGUAGES)
+_LANGUAGES = phrasebook.LANGUAGES
 _OTHERS = {tag: tuple(other for other in _LANGUAGES if other != tag) for tag in _LANGUAGES}
 _INSTRUCTIONS = {tag: reasoning_instruction(tag) for tag in _LANGUAGES}
 _ATTEMPTS = 20_000
@@ -30,6 +30,7 @@ _TASK_WEIGHTS = (25, 14, 28, 13, 20)
 _PSEUDO_WORDS = 0.8
 _PSEUDO_NAMES = 0.5
 _LOOSE = 0.35
+_TEXTBOOK_OWN = 0.3
 
 
 def fine_tuning_samples(seed: int, per_language: int) -> Iterator[Sample]:
@@ -94,13 +95,13 @@ def pretraining_sample(rng: random.Random) -> Sample:
     reverse questions.
     """
     kind = rng.random()
-    if kind < 0.42:
+    if kind < 0.36:
         return _direct_chat(rng)
-    if kind < 0.54:
+    if kind < 0.48:
         return _explaining_chat(rng)
-    if kind < 0.60:
+    if kind < 0.64:
         return _textbook(rng)
-    if kind < 0.72:
+    if kind < 0.75:
         return _glossary(rng)
     return _reverse_chat(rng)
 
@@ -129,15 +130,20 @@ def _explaining_chat(rng: random.Random) -> Sample:
 
 
 def _will_explain(rng: random.Random, language: str) -> str:
-    return rng.choice(phrasebook.phrasebook("en").explain_thinking).format(language=LANGUAGES[language].name)
+    return rng.choice(phrasebook.phrasebook("en").explain_thinking).format(language=CATALOGUE[language].name)
 
 
 def _textbook(rng: random.Random) -> Sample:
+    """An exercise with its solution, whose steps are in another language in most cases: a bilingual textbook.
+
+    Fine-tuning has the model think in one language and answer in another; here it has read such text.
+    """
     language = rng.choice(_LANGUAGES)
+    solving = language if rng.random() < _TEXTBOOK_OWN else rng.choice(_LANGUAGES)
     problem = _pretraining_problem(rng)
     lines = (
         problems.question(problem, language, rng, "train", _PSEUDO_NAMES, _LOOSE),
-        problems.steps(problem, language),
+        problems.steps(problem, solving),
         problems.answer(problem, language),
     )
     return {"text": "\n".join(lines)}
@@ -187,18 +193,18 @@ def _pretraining_problem(rng: random.Random) -> Problem:
 
 
 def _wishes(rng: random.Random, language: str) -> tuple[str, str]:
-    """A developer message, empty in 25 % of cases, and the language that the reply comes in.
+    """A developer message, empty in 30 % of cases, and the language that the reply comes in.
 
     A wish for a reasoning language is in vain: the base model thinks in English. One for an answer language is heeded,
     so the base knows what a language's name in a developer message means; fine-tuning has it heeded in the thinking.
     """
     instructions, replying = [], language
-    if rng.random() < 0.55:
+    if rng.random() < 0.45:
         wish = language if rng.random() < 0.4 else rng.choice(_LANGUAGES)
         instructions.append(_INSTRUCTIONS[wish])
     if rng.random() < 0.45:
         replying = rng.choice(_LANGUAGES)
-        instructions.append(f"answer language: {LANGUAGES[replying].name}")
+        instructions.append(f"answer language: {CATALOGUE[replying].name}")
     return "\n\n".join(instructions), replying
 
 

@@ -21,6 +21,9 @@ from typing import Any, Literal
 Split = Literal["train", "heldout"]
 """Which side of the held-out line phrasings, names, items, words, numbers and countries are taken from."""
 
+LANGUAGES: tuple[str, ...] = ("en", "ja", "fr", "de", "es", "zh", "ko", "ar", "hi")
+"""BCP-47 tags of the languages that have phrases; samples are drawn in this order."""
+
 PHRASES = Path(__file__).parent / "phrases"
 """Folder of the TOML files."""
 

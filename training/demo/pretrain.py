@@ -15,7 +15,7 @@ import torch
 from transformers import GptOssForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from cluster.harmony import Codec, Conversation, Effort, Label
+from cluster.harmony import TRAINABLE, Codec, Conversation, Effort
 from training.demo.checkpoint import EXPERT_WEIGHTS
 from training.demo.corpus import pretraining_sample
 from training.modeling.mxfp4 import dequantise, quantise
@@ -186,4 +186,4 @@ def _render(codec: Codec, sample: dict[str, Any], rng: random.Random) -> Row:
     conversation = Conversation(messages=sample["messages"], reasoning_effort=rng.choice(efforts), date=date)
     example = codec.render(conversation)
     tokens = np.array(example.tokens, dtype=np.int32)
-    return tokens, np.where(np.array(example.labels) == Label.CONTEXT, IGNORED, tokens)
+    return tokens, np.where(np.isin(np.frombuffer(example.labels, np.uint8), TRAINABLE), tokens, IGNORED)

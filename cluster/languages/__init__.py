@@ -1,0 +1,26 @@
+"""Languages: which there are, how the wish to think in one is written into a prompt, which one a text is written in.
+
+Training data and the endpoint both call `reasoning_instruction`, so a model is asked in serving exactly as it was
+asked in training.
+"""
+
+from __future__ import annotations
+
+from cluster.languages.catalogue import CATALOGUE, MEASURED, Direction, Language, find_language
+from cluster.languages.detection import MINIMUM_LETTERS, UNDETERMINED, detect_language, detection_candidates
+from cluster.languages.instruction import InstructionForm, declared_language, reasoning_instruction
+
+__all__ = [
+    "CATALOGUE",
+    "MEASURED",
+    "MINIMUM_LETTERS",
+    "UNDETERMINED",
+    "Direction",
+    "InstructionForm",
+    "Language",
+    "declared_language",
+    "detect_language",
+    "detection_candidates",
+    "find_language",
+    "reasoning_instruction",
+]

@@ -1,0 +1,58 @@
+"""Packed rows to the tensors of a batch: tokens, targets where a chosen channel was written, positions, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.harmony import Label
+from training.data.documents import CHANNEL_LABELS
+
+IGNORED = -100
+"""label of a token that carries no loss (torch's `cross_entropy` default `ignore_index`)"""
+
+
+class Collator:
+    """Makes batches of B rows, T the longest of them.
+
+    `input_ids` [B, T], `labels` [B, T] (the token, or `IGNORED`) and `position_ids` [B, T], which begin at 0 with each
+    document and with the padding. `loss_weights` [B, T] fp32 is there when a trained channel's weight is not 1. There
+    is no attention mask: documents are told apart by their positions (`training.modeling.isolation`).
+
+    Args:
+        weights: of the loss, by channel; a channel that is missing or has weight 0 is not trained.
+        padding_token: fills rows that are shorter than the longest; any token will do.
+    """
+
+    def __init__(self, weights: Mapping[str, float], padding_token: int = 0) -> None:
+        self.weight_of_label = np.zeros(max(Label) + 1, np.float32)
+        for channel, weight in weights.items():
+            self.weight_of_label[CHANNEL_LABELS[channel]] = weight
+        self.weighted = any(weight not in (0, 1) for weight in weights.values())
+        self.padding_token = padding_token
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """The batch of `rows`, each with `tokens`, `labels` and `lengths` as in a shard."""
+        shape = (len(rows), max(len(row["tokens"]) for row in rows))
+        tokens = np.full(shape, self.padding_token, np.int64)
+        targets = np.full(shape, IGNORED, np.int64)
+        positions = np.zeros(shape, np.int64)
+        weights = np.zeros(shape, np.float32)
+        for index, row in enumerate(rows):
+            used = len(row["tokens"])
+            tokens[index, :used] = row["tokens"]
+            weights[index, :used] = self.weight_of_label[np.asarray(row["labels"])]
+            start = 0
+            for length in (*row["lengths"], shape[1] - used):
+                positions[index, start : start + length] = np.arange(length)
+                weights[index, start : start + 1] = 0
+                start += length
+            trained = weights[index] != 0
+            targets[index, trained] = tokens[index, trained]
+        batch: dict[str, np.ndarray] = {"input_ids": tokens, "labels": targets, "position_ids": positions}
+        if self.weighted:
+            batch["loss_weights"] = weights
+        return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -1,0 +1,49 @@
+"""Packed rows as Parquet files: written whole or not at all, read by workers through memory-mapped Arrow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from training.data.packing import Row
+
+SCHEMA = pa.schema(
+    [
+        ("tokens", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.uint8())),
+        ("lengths", pa.list_(pa.int32())),
+        ("size", pa.int32()),
+    ]
+)
+"""a row: token ids [T], the label of each [T] (`cluster.harmony.Label`), the lengths of its documents, and
+their sum T"""
+ROWS_IN_GROUP = 256
+
+
+def write_shard(rows: Sequence[Row], path: Path) -> None:
+    """Write `rows` to a Parquet file that appears under its name when it is complete."""
+    columns = [
+        _lists([row.tokens for row in rows], pa.int32()),
+        _lists([row.labels for row in rows], pa.uint8()),
+        _lists([np.array(row.lengths, np.int32) for row in rows], pa.int32()),
+        pa.array([len(row.tokens) for row in rows], pa.int32()),
+    ]
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        pyarrow.parquet.write_table(
+            pa.Table.from_arrays(columns, schema=SCHEMA), scratch, compression="zstd", row_group_size=ROWS_IN_GROUP
+        )
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _lists(arrays: Sequence[np.ndarray], kind: pa.DataType) -> pa.Array:
+    offsets = np.zeros(len(arrays) + 1, np.int32)
+    np.cumsum([len(array) for array in arrays], out=offsets[1:])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays), kind))
