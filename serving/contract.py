@@ -18,6 +18,7 @@ from cluster.languages import (
     detect_language,
     detection_candidates,
     find_language,
+    matches,
     reasoning_instruction,
 )
 
@@ -84,6 +85,6 @@ def judge(thinking: str, language: str | None) -> ReasoningLanguage:
     elif detected == UNDETERMINED:
         verdict = Verdict.UNDETERMINED
     else:
-        followed = f"{detected}-".startswith(f"{requested}-")
+        followed = matches(detected, requested)
         verdict = Verdict.FOLLOWED if followed else Verdict.NOT_FOLLOWED
     return ReasoningLanguage(requested=requested, detected=detected, verdict=verdict)

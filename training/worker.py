@@ -87,6 +87,7 @@ def trainer_arguments(config: TrainingConfig, output: str, *, evaluate: bool) ->
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.maximum_gradient_norm,
         bf16=config.model.precision == "bf16",
+        router_aux_loss_coef=0.0,  # TRL adds a balancing loss by default; the router is frozen here
         use_cpu=config.workers.gpus == 0,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,

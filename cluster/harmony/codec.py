@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from cluster.harmony.conversation import Conversation, Message
 from cluster.harmony.developer import developer_text, system_text
+from cluster.harmony.encoder import Encoder
 from cluster.harmony.parser import StreamParser
 from cluster.harmony.reply import Reply
 from cluster.harmony.tokens import (
@@ -52,6 +53,7 @@ class Codec:
             token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         }
         self.stop_tokens = (self.ids[RETURN], self.ids[CALL])
+        self._encoder = Encoder(tokenizer)
         self._header = lru_cache(HEADERS_KEPT)(self._encode_header)
 
     @classmethod
@@ -188,8 +190,7 @@ class Codec:
     def _assemble(self, forms: list[list[Piece]]) -> list[Example]:
         """Encode the texts of all forms, each text once, and join."""
         texts = list({content: None for form in forms for _, content in form if isinstance(content, str)})
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ids = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
+        ids = dict(zip(texts, self._encoder.encode_all(texts), strict=True))
         examples = []
         for form in forms:
             tokens: list[int] = []

@@ -6,7 +6,7 @@ asked in training.
 
 from __future__ import annotations
 
-from cluster.languages.catalogue import CATALOGUE, MEASURED, Direction, Language, find_language
+from cluster.languages.catalogue import CATALOGUE, MEASURED, Direction, Language, find_language, matches
 from cluster.languages.detection import MINIMUM_LETTERS, UNDETERMINED, detect_language, detection_candidates
 from cluster.languages.instruction import InstructionForm, declared_language, reasoning_instruction
 
@@ -22,5 +22,6 @@ __all__ = [
     "detect_language",
     "detection_candidates",
     "find_language",
+    "matches",
     "reasoning_instruction",
 ]

@@ -144,6 +144,14 @@ MEASURED: tuple[str, ...] = ("en", "ja", "fr", "de", "es", "zh", "ko", "ar", "hi
 """Tags of the languages in which adherence is measured; detection chooses among them unless told otherwise."""
 
 
+def matches(tag: str, wish: str) -> bool:
+    """Whether text in `tag` is what `wish` asks for: the same tag, or a more specific one.
+
+    Basic filtering of RFC 4647, section 3.3.1: who asks for `zh` may get `zh-Hant`.
+    """
+    return f"{tag}-".startswith(f"{wish}-")
+
+
 def find_language(wish: str) -> Language:
     """The catalogue's entry for a tag or a name.
 

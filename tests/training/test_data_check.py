@@ -17,9 +17,9 @@ import pytest
 from cluster.harmony import Codec
 from training.__main__ import main
 from training.data.check import Options, Report, check
-from training.data.commands import DEMO_TOKENIZER
 from training.data.duplicates import DuplicateIndex, shingles, signature
 from training.data.figures import describe_lengths, measure_packing
+from training.data.flags import DEMO_TOKENIZER
 from training.data.page import render_page
 from training.data.terminal import isolated, printable
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cluster.harmony import TRAINABLE, Codec, Example, Label
 from training.__main__ import main
-from training.data.commands import DEMO_TOKENIZER
+from training.data.flags import DEMO_TOKENIZER
 from training.data.show import piece, print_sample, stretches
 
 TURNS = [

@@ -70,6 +70,18 @@ def test_the_loss_falls(whole: str) -> None:
     assert losses[-1] < losses[0]
 
 
+def test_packed_rows_weights_and_held_out_loss(ray_cluster: LocalRay, storage: Path, tmp_path: Path) -> None:
+    lines = Path("training/demo/data/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text("".join(lines[:16]), encoding="utf-8")
+    data = {"data.packing": "true", "data.sequence_length": 600, "data.weights.analysis": 0.5}
+    steps = {"data.evaluation": heldout, "run.maximum_steps": 2, "run.evaluation_steps": 2}
+    done = run_python(ray_cluster, *short_run(storage, "packed", **data, **steps))
+    assert done.code == 0, done.output
+    assert re.search(r"rows      \d+ of 600 tokens, 9\d\.\d% full", done.output)
+    assert re.search(r"step 2/2 .* held-out loss [\d.]+", done.output)
+
+
 def test_a_finished_run_is_not_run_again(whole: str, ray_cluster: LocalRay, storage: Path) -> None:
     again = run_python(ray_cluster, *short_run(storage, "whole"), seconds=30)
     assert again.code == 0

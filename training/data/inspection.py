@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from cluster.harmony import Message
-from cluster.languages import CATALOGUE, UNDETERMINED
+from cluster.languages import CATALOGUE, UNDETERMINED, matches
 from training.data import findings
 from training.data.findings import Finding
 from training.data.samples import INSTRUCTION, Sample, Turn, count_letters
@@ -106,7 +106,7 @@ def _declarations(sample: Sample) -> Iterator[Finding]:
 def _language_of_thinking(sample: Sample) -> Iterator[Finding]:
     for number, turn in enumerate(sample.turns):
         found = turn.thinking_language
-        if turn.declared and found not in (UNDETERMINED, turn.declared):
+        if turn.declared and found != UNDETERMINED and not matches(found, turn.declared):
             where = f" of assistant turn {number}" if len(sample.turns) > 1 else ""
             text = (
                 f"the thinking{where} reads as {name(found)}, though {name(turn.declared)} is declared; "

@@ -35,7 +35,7 @@ th, td { padding: .35rem .75rem .35rem 0; text-align: start; border-bottom: 1px 
   vertical-align: top; }
 th { color: var(--soft); font-weight: 500; font-size: .875rem; } .number { text-align: end; }
 svg { width: 100%; max-width: 44rem; height: auto; display: block; color: var(--accent); font-size: 11px; }
-svg rect, svg text { fill: currentColor; } .swatch { display: inline-block; width: .7rem; height: .7rem;
+svg text { fill: currentColor; } .swatch { display: inline-block; width: .7rem; height: .7rem;
   border-radius: .2rem; margin-inline-end: .5rem; }
 .share { display: flex; height: 1rem; border-radius: .5rem; overflow: hidden; margin: .5rem 0 1rem; }
 details, .card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .7rem 1rem;
@@ -130,7 +130,8 @@ def _histogram(bars: Sequence[Bar]) -> str:
         tall = bar.count / most * (height - 40)
         drawn.append(
             f"<rect x='{index * step:.1f}' y='{height - 20 - tall:.1f}' width='{max(step - gap, 1):.1f}' "
-            f"height='{tall:.1f}' rx='1.5'><title>{bar.low:,} to {bar.high:,} tokens: {bar.count:,}</title></rect>"
+            f"height='{tall:.1f}' rx='1.5' fill='#c88a3a'>"
+            f"<title>{bar.low:,} to {bar.high:,} tokens: {bar.count:,}</title></rect>"
         )
     marks = {0: "start", len(bars) // 2: "middle", len(bars) - 1: "end"}
     for index, anchor in marks.items():

@@ -152,10 +152,11 @@ def write_text(path: Path, text: str) -> None:
 
 def _run(tasks: list[dict[str, Any]], path: str) -> dict[int, str]:
     """Do the tasks on the cluster and say how far they are; returns errors by number, stopping soon after the first."""
+    if len(tasks) < 2:  # a job's start would take longer than the work
+        done_here = [prepare_part(task) for task in tasks]
+        return {result["number"]: result["error"] for result in done_here if result["error"]}
     import ray.data
 
-    if not tasks:
-        return {}
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(prepare_part)
