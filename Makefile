@@ -25,6 +25,7 @@ check: .venv/installed
 # Measurements with results kept in tests/benchmarks/results.
 bench: .venv/installed
 	$(BIN)/python -m tests.benchmarks.demo
+	$(BIN)/python -m tests.benchmarks.data
 
 clean:
 	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info

@@ -114,14 +114,22 @@ class Codec:
             yield from ([next(examples) for _ in own] for own in turns)
 
     def parse(self, completion: Iterable[int]) -> Reply:
-        """A whole completion (what follows `<|start|>assistant`) as channels and outcome. Never raises."""
+        """A whole completion (what follows `<|start|>assistant`) as channels and outcome, whatever its tokens are.
+
+        Raises:
+            ValueError: as `parser`.
+        """
         parser = self.parser()
         for token in completion:
             parser.push(token)
         return parser.finish()
 
     def parser(self) -> StreamParser:
-        """A parser for one completion, fed token by token."""
+        """A parser for one completion, fed token by token.
+
+        Raises:
+            ValueError: the tokenizer is not byte-level.
+        """
         return StreamParser(self)
 
     def _training_form(self, conversation: Conversation, turn: range) -> list[Piece]:

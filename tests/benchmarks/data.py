@@ -15,6 +15,7 @@ os.environ["RAYON_NUM_THREADS"] = "1"
 
 import json
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,6 +40,7 @@ SAMPLES = 600
 TOKENS = 1000
 ROUNDS = 5
 SEQUENCE_LENGTH = 4096
+COPIES = (20, 100)
 
 
 def main() -> int:
@@ -64,6 +66,7 @@ def main() -> int:
                     rival.apply_chat_template(json.loads(line)["messages"], tokenize=True)
 
         seconds = in_turns({"raysoner: read, render, label, tokenise, pack": ours, "apply_chat_template": theirs})
+        memory = {copies: peak_memory_mib(path, copies) for copies in COPIES}
     tokens = counts["tokens"] / counts["conversations"]
     rows = [
         {
@@ -76,9 +79,34 @@ def main() -> int:
     ]
     for row in rows:
         print(row)
+    sizes: list[dict[str, Any]] = [{"name": "sample", "tokens": round(tokens)}]
+    for copies, mib in memory.items():
+        sizes.append({"name": f"raysoner on {SAMPLES * copies} samples", "peak_memory_mib": mib})
+    print(sizes)
     command = "python -m tests.benchmarks.data"
-    print(keep("data", "o200k", f"cpu{os.cpu_count()}", command, [*rows, {"name": "sample", "tokens": round(tokens)}]))
+    print(keep("data", "o200k", f"cpu{os.cpu_count()}", command, [*rows, *sizes]))
     return 0
+
+
+def peak_memory_mib(path: Path, copies: int) -> int:
+    """Peak memory of a process that streams the samples `copies` times over."""
+    code = (
+        "import resource, sys\n"
+        "from tests.benchmarks.data import stream\n"
+        "stream(sys.argv[1], int(sys.argv[2]))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    command = [sys.executable, "-c", code, str(path), str(copies)]
+    return int(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+
+
+def stream(path: str, copies: int) -> None:
+    """Read, render, label, tokenise and pack the samples at `path`, `copies` times over, keeping nothing."""
+    config = DataConfig(train=path, sequence_length=SEQUENCE_LENGTH)
+    found = (item for _ in range(copies) for part in parts(path) for item in read_part(part, config.columns))
+    codec = Codec.from_folder(Path(path).parent)
+    for _ in pack(read_documents(found, codec, config, Counts()), SEQUENCE_LENGTH, "0:0"):
+        pass
 
 
 def make_records(codec: Codec) -> list[dict[str, Any]]:

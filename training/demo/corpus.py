@@ -27,6 +27,8 @@ _INSTRUCTIONS = {tag: reasoning_instruction(tag) for tag in _LANGUAGES}
 _ATTEMPTS = 20_000
 _TASK_WEIGHTS = (25, 14, 28, 13, 20)
 """of `TASKS` in pre-training: spelling and word problems are the hardest to learn"""
+_FINE_TUNING_TASKS = (*TASKS, "capital")
+"""in turns; capitals twice: what a base knows of a country it has read in all languages, and so confuses them most"""
 _PSEUDO_WORDS = 0.8
 _PSEUDO_NAMES = 0.5
 _LOOSE = 0.35
@@ -48,7 +50,7 @@ def fine_tuning_samples(seed: int, per_language: int) -> Iterator[Sample]:
     rng = random.Random(seed)
     asked: set[str] = set()
     for index in range(per_language):
-        task = TASKS[index % len(TASKS)]
+        task = _FINE_TUNING_TASKS[index % len(_FINE_TUNING_TASKS)]
         for language in _LANGUAGES:
             problem, asking = _new_question(task, language, rng, "train", asked)
             reasoning = language if rng.random() < 0.5 else rng.choice(_OTHERS[language])
