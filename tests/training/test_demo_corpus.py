@@ -243,10 +243,10 @@ def test_too_many_fine_tuning_samples_are_refused(monkeypatch: pytest.MonkeyPatc
 def test_pretraining_diet() -> None:
     samples = pretraining()
     chats = [sample for sample in samples if "messages" in sample]
-    assert 0.24 < 1 - len(chats) / len(samples) < 0.30
+    assert 0.16 < 1 - len(chats) / len(samples) < 0.20
     assert {sample["language"] for sample in chats} == set(LANGUAGES)
     with_developer = sum(sample["messages"][0]["role"] == "developer" for sample in chats)
-    assert 0.66 < with_developer / len(chats) < 0.74
+    assert 0.72 < with_developer / len(chats) < 0.78
     thoughts = [sample["messages"][-1]["thinking"].replace("×", "x") for sample in chats]
     assert [thinking for thinking in thoughts if not thinking.isascii()] == []
 

@@ -32,7 +32,6 @@ _FINE_TUNING_TASKS = (*TASKS, "capital")
 _PSEUDO_WORDS = 0.8
 _PSEUDO_NAMES = 0.5
 _LOOSE = 0.35
-_TEXTBOOK_OWN = 0.3
 
 
 def fine_tuning_samples(seed: int, per_language: int) -> Iterator[Sample]:
@@ -97,13 +96,13 @@ def pretraining_sample(rng: random.Random) -> Sample:
     reverse questions.
     """
     kind = rng.random()
-    if kind < 0.36:
+    if kind < 0.42:
         return _direct_chat(rng)
-    if kind < 0.48:
+    if kind < 0.54:
         return _explaining_chat(rng)
-    if kind < 0.64:
+    if kind < 0.60:
         return _textbook(rng)
-    if kind < 0.75:
+    if kind < 0.72:
         return _glossary(rng)
     return _reverse_chat(rng)
 
@@ -136,16 +135,11 @@ def _will_explain(rng: random.Random, language: str) -> str:
 
 
 def _textbook(rng: random.Random) -> Sample:
-    """An exercise with its solution, whose steps are in another language in most cases: a bilingual textbook.
-
-    Fine-tuning has the model think in one language and answer in another; here it has read such text.
-    """
     language = rng.choice(_LANGUAGES)
-    solving = language if rng.random() < _TEXTBOOK_OWN else rng.choice(_LANGUAGES)
     problem = _pretraining_problem(rng)
     lines = (
         problems.question(problem, language, rng, "train", _PSEUDO_NAMES, _LOOSE),
-        problems.steps(problem, solving),
+        problems.steps(problem, language),
         problems.answer(problem, language),
     )
     return {"text": "\n".join(lines)}
@@ -195,13 +189,13 @@ def _pretraining_problem(rng: random.Random) -> Problem:
 
 
 def _wishes(rng: random.Random, language: str) -> tuple[str, str]:
-    """A developer message, empty in 30 % of cases, and the language that the reply comes in.
+    """A developer message, empty in 25 % of cases, and the language that the reply comes in.
 
     A wish for a reasoning language is in vain: the base model thinks in English. One for an answer language is heeded,
     so the base knows what a language's name in a developer message means; fine-tuning has it heeded in the thinking.
     """
     instructions, replying = [], language
-    if rng.random() < 0.45:
+    if rng.random() < 0.55:
         wish = language if rng.random() < 0.4 else rng.choice(_LANGUAGES)
         instructions.append(_INSTRUCTIONS[wish])
     if rng.random() < 0.45:
