@@ -42,7 +42,9 @@ def describe_device() -> str:
 
 
 def _commit() -> str:
-    """The checked-out commit; `+` when files differ from it."""
+    """The checked-out commit; `+` when files other than results differ from it."""
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    changed = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "--", ".", f":!{RESULTS}"], capture_output=True, text=True, check=True
+    )
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
