@@ -98,11 +98,13 @@ def test_unknown_flag(toml: Path) -> None:
 def test_missing_path_and_missing_section(toml: Path, tmp_path: Path) -> None:
     assert "data.train: no such file or folder" in refused("--config", str(toml), "--data.train", "nowhere.jsonl")
     assert "model.path: no such folder" in refused("--config", str(toml), "--model.path", "./nowhere")
-    assert "data.train is required" in refused("--model.path", str(tmp_path))
+    assert "model.path is required" in refused("--data.train", "training/demo/data/train.jsonl")
 
 
 def test_hub_ids_are_paths_too(toml: Path) -> None:
     assert load("--config", str(toml), "--model.path", "openai/gpt-oss-20b").model.path == "openai/gpt-oss-20b"
+    assert load("--model.path", "openai/gpt-oss-20b").data.train == "HuggingFaceH4/Multilingual-Thinking"
+    assert "data.train: no such file" in refused("--config", str(toml), "--data.train", "nowhere/data.jsonl")
 
 
 def test_broken_toml_and_missing_file(toml: Path) -> None:

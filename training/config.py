@@ -103,7 +103,7 @@ class WeightsConfig(Config):
 class DataConfig(Config):
     """Conversations to learn from: JSONL or Parquet files, a folder of them, or a hub data set."""
 
-    train: DataPath
+    train: DataPath = "HuggingFaceH4/Multilingual-Thinking"
     """training conversations: a JSONL or Parquet file, a folder of them, a storage URI, or a hub id"""
     evaluation: DataPath | None = None
     """held-out conversations, as `train`, whose loss is measured while training"""
@@ -217,7 +217,7 @@ class TrainingConfig(Config):
     """A fine-tuning run, from conversations to a LoRA adapter."""
 
     model: ModelConfig
-    data: DataConfig
+    data: DataConfig = DataConfig()
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()

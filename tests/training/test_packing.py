@@ -10,11 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GptOssConfig, GptOssForCausalLM
+from transformers import GptOssForCausalLM
 
-from cluster.harmony import Label
+from tests.training.packed import documents, mean_losses, tiny_model
 from training.data.collator import IGNORED, Collator
-from training.data.documents import Document
 from training.data.packing import Row, pack, pack_lengths
 from training.modeling.isolation import isolate_documents
 
@@ -40,16 +39,6 @@ def test_a_length_over_the_capacity_is_refused() -> None:
         pack_lengths([3, 11], 10)
 
 
-def documents(count: int, seed: int = 0, longest: int = 60) -> list[Document]:
-    rng = np.random.default_rng(seed)
-    made = []
-    for _ in range(count):
-        length = int(rng.integers(5, longest))
-        labels = rng.choice([Label.USER, Label.ANALYSIS, Label.FINAL], length).astype(np.uint8)
-        made.append(Document(rng.integers(0, 97, length).astype(np.int32), labels))
-    return made
-
-
 def test_rows_repeat_for_a_seed_and_lose_nothing() -> None:
     given_documents = documents(50)
     rows = list(pack(given_documents, 100, "7:0"))
@@ -70,45 +59,21 @@ def _documents_of(rows: list[Row]) -> Iterator[list[int]]:
 
 @pytest.fixture(scope="module")
 def model() -> GptOssForCausalLM:
-    """A sliding and a full layer, with a window shorter than the documents, and sinks that matter."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 16}
-    config = GptOssConfig(vocab_size=97, num_hidden_layers=2, **sizes, **heads)
-    model = GptOssForCausalLM(config).eval()
-    for name, weight in model.named_parameters():
-        if "sinks" in name or "proj" in name:
-            torch.nn.init.normal_(weight, std=0.3)
-    return model
-
-
-def losses(model: GptOssForCausalLM, rows: list[Row]) -> tuple[float, int]:
-    """Sum of the negative log-likelihood over all targets, and their number."""
-    batch = Collator({"analysis": 1.0, "final": 1.0})([row._asdict() for row in rows])
-    labels = batch.pop("labels")[:, 1:]
-    with torch.no_grad():
-        logits = model(**batch).logits[:, :-1]
-    wanted = labels != IGNORED
-    total = torch.nn.functional.cross_entropy(logits[wanted].double(), labels[wanted], reduction="sum")
-    return float(total), int(wanted.sum())
+    return tiny_model()
 
 
 def test_packed_documents_do_not_see_each_other(model: GptOssForCausalLM) -> None:
     """The loss of packed rows equals that of the documents one by one; without the isolation it does not."""
-    given_documents = documents(24)
-    packed = list(pack(given_documents, 128, "0:0"))
-    assert len(packed) < 10
-    apart = [losses(model, [row]) for row in pack(given_documents, 128, "0:0", alone=True)]
-    expected, count = sum(total for total, _ in apart), sum(number for _, number in apart)
-    leaking, _ = losses(model, packed)
-    handle = isolate_documents(model)
-    try:
-        isolated, targets = losses(model, packed)
-    finally:
-        handle.remove()
-    assert targets == count
-    assert isolated / count == pytest.approx(expected / count, abs=1e-5)
-    assert abs(leaking - expected) / count > 1e-4
+    found = mean_losses(model)
+    assert found.packed == pytest.approx(found.apart, abs=1e-5)
+    assert abs(found.leaking - found.apart) > 1e-4
+
+
+@pytest.mark.gpu
+def test_nor_in_flex_attention() -> None:
+    found = mean_losses(tiny_model("flex_attention", "cuda"))
+    assert found.packed == pytest.approx(found.apart, abs=1e-5)
+    assert abs(found.leaking - found.apart) > 1e-4
 
 
 def test_gradients_of_packed_rows_are_those_of_the_documents(model: GptOssForCausalLM) -> None:

@@ -14,7 +14,7 @@ from cluster.harmony import CONTROL_TOKENS, Codec
 from cluster.languages import UNDETERMINED
 from training.config import ColumnsConfig
 from training.data import findings
-from training.data.conversations import Part, SourcedConversation, parts, read_part
+from training.data.conversations import SourcedConversation, parts, scan_parts
 from training.data.duplicates import Duplicate, DuplicateIndex
 from training.data.figures import Figures, Tally
 from training.data.findings import Finding, FindingLog, Severity
@@ -97,19 +97,9 @@ def check(path: str, codec: Codec, tokenizer: str, options: Options, columns: Co
         DataError: there is no such data set.
     """
     # Files are read whole: within a part, each place would be found by counting the lines before it.
-    records = _read(path, parts(path, WHOLE_FILES), columns)
+    records = scan_parts(path, parts(path, WHOLE_FILES), columns)
     shown = tqdm(records, desc="checking", unit=" records", disable=None, delay=1)
     return check_records(shown, path, codec, tokenizer, options)
-
-
-def _read(path: str, files: list[Part], columns: ColumnsConfig | None) -> Iterator[SourcedConversation | DataError]:
-    empty = True
-    for file in files:
-        for record in read_part(file, columns):
-            empty = False
-            yield record
-    if empty:
-        yield DataError(path, "the source holds no conversation; write one JSON object a line, with `messages`")
 
 
 def check_records(

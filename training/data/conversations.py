@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from cluster.harmony import Conversation
@@ -21,6 +21,7 @@ __all__ = [
     "read_conversations",
     "read_part",
     "scan_conversations",
+    "scan_parts",
 ]
 
 
@@ -55,7 +56,14 @@ def scan_conversations(path: str, columns: ColumnsConfig | None = None) -> Itera
         pieces = parts(path)
     except DataError as error:
         yield error
-        return
+    else:
+        yield from scan_parts(path, pieces, columns)
+
+
+def scan_parts(
+    path: str, pieces: Iterable[Part], columns: ColumnsConfig | None = None
+) -> Iterator[SourcedConversation | DataError]:
+    """As `scan_conversations`, over the `parts` of the source at `path`."""
     empty = True
     for part in pieces:
         for found in read_part(part, columns):
