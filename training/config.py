@@ -194,7 +194,7 @@ class RunConfig(Config):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "gpt-oss-lora"
     """folder of the run below `storage`; the same name again resumes the run"""
     storage: str = "~/raysoner-runs"
-    """folder or storage URI that every node reaches"""
+    """folder that every node reaches"""
     epochs: PositiveFloat = 1.0
     """passes over the training data"""
     maximum_steps: PositiveInt | None = None

@@ -100,18 +100,20 @@ def locate(config: TrainingConfig) -> TrainingConfig:
     others may stay relative; elsewhere they become absolute too.
 
     Raises:
-        ConfigError: storage is relative inside a job.
+        ConfigError: storage is a URI, or relative inside a job.
     """
     storage = config.run.storage
-    if "://" not in storage:
-        expanded = Path(storage).expanduser()
-        if inside_job() and not expanded.is_absolute():
-            raise ConfigError(
-                f"run.storage = {storage!r} would lie in the job's copy of the working directory, which goes away with "
-                "it: give an absolute folder that every node reaches, or a storage URI"
-            )
-        storage = str(expanded.absolute())
-    run = config.run.model_copy(update={"storage": storage})
+    if "://" in storage:
+        raise ConfigError(
+            f"run.storage = {storage!r} is a storage URI, and runs live in folders: give one that every node reaches"
+        )
+    expanded = Path(storage).expanduser()
+    if inside_job() and not expanded.is_absolute():
+        raise ConfigError(
+            f"run.storage = {storage!r} would lie in the job's copy of the working directory, which goes away with it: "
+            "give an absolute folder that every node reaches"
+        )
+    run = config.run.model_copy(update={"storage": str(expanded.absolute())})
     if inside_job():
         return config.model_copy(update={"run": run})
     data = {

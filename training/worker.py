@@ -68,7 +68,7 @@ def train_loop(raw: dict[str, Any]) -> None:
 def trainer_arguments(config: TrainingConfig, output: str, *, evaluate: bool) -> SFTConfig:
     """The run's settings in TRL's terms; `output` is a scratch folder of this worker alone."""
     run, batch, optimizer = config.run, config.batch, config.optimizer
-    if run.tracker == "tensorboard" and "://" not in run.storage:
+    if run.tracker == "tensorboard":
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(run.storage) / run.name / "tensorboard")
     return SFTConfig(
         output_dir=output,

@@ -28,7 +28,8 @@ def test_paths_become_absolute(config: TrainingConfig) -> None:
     assert located.model.path == str(Path("training/demo/model").absolute())
     assert located.data.train == str(Path("training/demo/data/train.jsonl").absolute())
     assert locate(with_run(config, storage="~/x")).run.storage == str(Path.home() / "x")
-    assert locate(with_run(config, storage="s3://bucket/x")).run.storage == "s3://bucket/x"
+    with pytest.raises(ConfigError, match="is a storage URI, and runs live in folders"):
+        locate(with_run(config, storage="s3://bucket/x"))
 
 
 def test_inside_a_job_paths_stay_relative_and_storage_must_not(
