@@ -165,7 +165,7 @@ def test_command_line_on_a_running_cluster(url: str, folder: Path) -> None:
     address = ray.get_runtime_context().gcs_address
     port = int(url.rsplit(":", 1)[1])
     wrong = command("deploy", *deploy_flags(folder, free_port()), RAY_ADDRESS=address)
-    _, err = wrong.communicate(timeout=60)
+    _, err = wrong.communicate(timeout=180)
     assert wrong.returncode == 2
     assert "already runs on another address" in err.splitlines()[-1]
 
@@ -190,7 +190,7 @@ def test_taken_port_is_one_sentence(folder: Path) -> None:
         listener.listen()
         port = str(listener.getsockname()[1])
         run = command("deploy", "--model.path", str(folder), "--endpoint.port", port, "--replicas.gpus", "0")
-        out, err = run.communicate(timeout=60)
+        out, err = run.communicate(timeout=180)
     assert (run.returncode, out) == (2, "")
     assert err.splitlines()[-1].startswith(f"127.0.0.1:{port}: something listens there already; choose another")
 
@@ -203,12 +203,12 @@ def test_deploy_and_ask_from_the_command_line(folder: Path) -> None:
         assert server.stdout is not None
         assert server.stdout.readline() == f"tiny serves tiny at http://127.0.0.1:{port}/v1\n"
         client = command("ask", "What is two plus two?", "--url", f"http://127.0.0.1:{port}", "--language", "fr")
-        out, err = client.communicate(timeout=60)
+        out, err = client.communicate(timeout=180)
         assert client.returncode == 0, err
         assert "tokens," in out
     finally:
         server.send_signal(signal.SIGINT)
-        out, err = server.communicate(timeout=60)
+        out, err = server.communicate(timeout=180)
     assert server.returncode == 0, err
     with pytest.raises(httpx.TransportError):
         httpx.get(f"http://127.0.0.1:{port}/health")

@@ -163,9 +163,10 @@ def test_stock_transformers_loads_it(merged: Merged) -> None:
         rounded = demo()
         rounded.load_state_dict({name: weight.to(torch.bfloat16).float() for name, weight in merged.expected.items()})
         assert torch.allclose(logits, rounded(PROMPT).logits, atol=2e-2, rtol=0)
-    spread = merged.logits.std()
-    assert (logits - merged.logits).abs().mean() < 0.02 * spread
-    assert (logits.argmax(-1) == merged.logits.argmax(-1)).float().mean() > 0.9
+        base = demo()(PROMPT).logits
+    # The median: where bf16 turns a router's choice, a token's logits differ for another reason.
+    effect = (base - merged.logits).abs().median()
+    assert (logits - merged.logits).abs().median() < 0.2 * effect
 
 
 def test_the_folder_is_a_checkpoint_with_a_manifest(merged: Merged) -> None:
