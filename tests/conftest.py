@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,6 +56,11 @@ def short_run(storage: Path, name: str, **settings: object) -> list[str]:
     }
     flags |= {key.replace("__", "."): value for key, value in settings.items()}
     return ["-m", "training", "run", "--config", DEMO, *(str(w) for k, v in flags.items() for w in (f"--{k}", v))]
+
+
+def pytest_configure() -> None:
+    """A suite started in a shell's background ignores SIGINT, and commands that tests interrupt would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
