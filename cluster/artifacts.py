@@ -103,6 +103,20 @@ def publish(target: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def publish_file(target: Path) -> Iterator[Path]:
+    """A scratch path beside `target` whose file takes its place when the block ends well, and leaves no trace when not.
+
+    What is written there is `target`'s whole content; a reader sees the old file or the new one.
+    """
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        yield scratch
+        os.replace(scratch, target)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Which safetensors file of a checkpoint folder holds which tensor, read from the files' own headers.
 

@@ -72,8 +72,7 @@ def to_conversation(
 def judge(thinking: str, language: str | None) -> ReasoningLanguage:
     """Holds the language of `thinking` against the wish.
 
-    Detection chooses among the whole catalogue. A tag that is more specific than the wish follows it, as in the basic
-    filtering of RFC 4647, section 3.3.1: who asked for `zh` may get `zh-Hant`.
+    Detection chooses among the whole catalogue.
 
     Raises:
         ValueError: as `to_conversation`.
@@ -85,6 +84,5 @@ def judge(thinking: str, language: str | None) -> ReasoningLanguage:
     elif detected == UNDETERMINED:
         verdict = Verdict.UNDETERMINED
     else:
-        followed = matches(detected, requested)
-        verdict = Verdict.FOLLOWED if followed else Verdict.NOT_FOLLOWED
+        verdict = Verdict.FOLLOWED if matches(detected, requested) else Verdict.NOT_FOLLOWED
     return ReasoningLanguage(requested=requested, detected=detected, verdict=verdict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,8 +17,7 @@ from pydantic import (
 )
 
 from cluster.config import Config
-
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".gz", ".bz2", ".zst")
+from training.data.names import is_hub_id
 
 
 def _existing(path: str) -> str:
@@ -30,18 +28,14 @@ def _existing(path: str) -> str:
 
 
 def _existing_or_hub_id(path: str) -> str:
-    return path if _is_hub_id(path) and not path.endswith(DATA_SUFFIXES) else _existing(path)
+    return path if is_hub_id(path) else _existing(path)
 
 
 def _folder_or_hub_id(path: str) -> str:
     path = str(Path(path).expanduser()) if path.startswith("~") else path
-    if Path(path).is_dir() or _is_hub_id(path):
+    if Path(path).is_dir() or is_hub_id(path):
         return path
     raise ValueError("no such folder; give a checkpoint folder, or a hub id such as openai/gpt-oss-20b")
-
-
-def _is_hub_id(path: str) -> bool:
-    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", path)) and not Path(path.split("/")[0]).exists()
 
 
 def _unwrap_word(value: object) -> object:

@@ -12,10 +12,10 @@ from cluster.config import ConfigError
 from cluster.harmony import Codec
 from cluster.model import ModelShape
 from training.config import TrainingConfig
-from training.data.conversations import DataError
-from training.data.documents import Counts, require_trained_tokens
+from training.data.documents import Counts, require_documents, require_trained_tokens
+from training.data.names import is_hub_id
 from training.data.prepare import PART_BYTES, packed_rows
-from training.data.sources import is_hub_id, parts
+from training.data.sources import parts
 
 OPTIONAL_TRACKERS = ("trackio", "wandb", "mlflow")
 """trackers whose package, of the same name, this project does not install"""
@@ -108,8 +108,7 @@ def _count(config: TrainingConfig, path: str, codec: Codec) -> tuple[Counts | No
         return None, None
     counts = Counts()
     rows = sum(1 for _ in packed_rows(pieces[0], 0, config.data, codec, config.run.seed, counts))
-    if rows == 0:
-        raise DataError(path, "the source holds no conversation; write one JSON object a line, with `messages`")
+    require_documents(path, counts)
     require_trained_tokens(path, counts, config.data)
     return counts, rows
 

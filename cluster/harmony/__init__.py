@@ -27,6 +27,7 @@ from cluster.harmony.reply import Delta, Outcome, ParsedCall, Part, Reply
 from cluster.harmony.tokens import (
     CALL,
     CHANNEL,
+    CHANNEL_LABELS,
     CONSTRAIN,
     CONTROL_TOKENS,
     END,
@@ -42,6 +43,7 @@ __all__ = [
     "CALL",
     "CHANNEL",
     "CHANNELS",
+    "CHANNEL_LABELS",
     "CONSTRAIN",
     "CONTROL_TOKENS",
     "END",

@@ -82,9 +82,8 @@ class Codec:
         Analysis that stands before the last final answer is dropped, later analysis kept: between a tool call and
         its answer the model still needs it.
         """
-        return self._assemble([[*self._context(conversation, conversation.messages), self._start_assistant()]])[
-            0
-        ].tokens
+        form = [*self._context(conversation, conversation.messages), self._start_assistant(Label.PROMPT)]
+        return self._assemble([form])[0].tokens
 
     def render(self, conversation: Conversation) -> Example:
         """The training form of the last assistant turn: its prompt, then the turn as the model must write it.
@@ -138,7 +137,7 @@ class Codec:
             if message.role == "tool":
                 pieces += self._tool(message)
             else:
-                pieces += [self._start_assistant(), *self._completion(message)]
+                pieces += [self._start_assistant(Label.PROMPT), *self._completion(message)]
         return pieces
 
     def _context(self, conversation: Conversation, messages: Sequence[Message]) -> list[Piece]:
@@ -154,7 +153,7 @@ class Codec:
             elif message.role == "tool":
                 pieces += self._tool(message)
             elif message.role == "assistant":
-                pieces += self._history(message, drop_thinking=index < last_final or message.ends_turn)
+                pieces += self._history(message, drop_thinking=index <= last_final)
             else:
                 text = developer_text(conversation if not written else None, message.content)
                 pieces += self._message(Label.DEVELOPER, ("developer",), text)
@@ -166,7 +165,7 @@ class Codec:
         pieces: list[Piece] = []
         for label, header, text, end in _parts(message):
             if pieces:
-                pieces.append((label, (self.ids[START], *self._header(("assistant",)))))
+                pieces.append(self._start_assistant(label))
             pieces += [(label, (*self._header(header), self.ids[MESSAGE])), (label, text), (label, (self.ids[end],))]
         return pieces
 
@@ -187,8 +186,8 @@ class Codec:
         opening = (self.ids[START], *self._header(header), self.ids[MESSAGE])
         return [(label, opening), (label, text), (label, (self.ids[end],))]
 
-    def _start_assistant(self) -> Piece:
-        return Label.PROMPT, (self.ids[START], *self._header(("assistant",)))
+    def _start_assistant(self, label: Label) -> Piece:
+        return label, (self.ids[START], *self._header(("assistant",)))
 
     def _encode_header(self, header: tuple[str, ...]) -> tuple[int, ...]:
         """Each part is encoded by itself, as openai-harmony does; control tokens by name."""

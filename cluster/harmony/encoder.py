@@ -20,7 +20,7 @@ LONGEST_WORD = 48
 """longer stretches without a space, such as sentences of Chinese, hardly ever come again"""
 
 _BEFORE_WORD = re.compile(r"(?<=\S)(?= \S)")
-_O200K = "|".join(
+O200K = "|".join(
     (
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
@@ -85,6 +85,6 @@ def splits_before_words(tokenizer: Tokenizer) -> bool:
     steps = json.loads(tokenizer.pre_tokenizer.__getstate__())
     if steps.get("type") == "Sequence" and len(steps["pretokenizers"]) == 2:
         split, steps = steps["pretokenizers"]
-        known = split.get("type") == "Split" and split["pattern"].get("Regex") == _O200K and not split["invert"]
+        known = split.get("type") == "Split" and split["pattern"].get("Regex") == O200K and not split["invert"]
         return known and split["behavior"] == "Isolated" and steps["type"] == "ByteLevel" and not steps["use_regex"]
     return steps.get("type") == "ByteLevel" and bool(steps["use_regex"]) and not steps["add_prefix_space"]

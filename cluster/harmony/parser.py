@@ -5,31 +5,20 @@ from __future__ import annotations
 from codecs import getincrementaldecoder
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel
-
+from cluster.harmony.bytelevel import token_bytes
 from cluster.harmony.conversation import CHANNELS, Channel
 from cluster.harmony.reply import Delta, Outcome, ParsedCall, Part, Reply
-from cluster.harmony.tokens import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START, Label
+from cluster.harmony.tokens import CALL, CHANNEL, CHANNEL_LABELS, CONSTRAIN, END, MESSAGE, RETURN, START, Label
 
 if TYPE_CHECKING:
     from cluster.harmony.codec import Codec
 
-__all__ = ["NOT_TOOLS", "Reply", "StreamParser"]
-
 NOT_TOOLS = ("assistant", "all", "user")
 """recipients that make no tool call"""
 
-_LABELS: dict[Channel, Label] = {
-    "analysis": Label.ANALYSIS,
-    "commentary": Label.COMMENTARY,
-    "final": Label.FINAL,
-}
 _TEXTS: tuple[Part, ...] = (*CHANNELS, "unparsed")
-_TOKENIZERS_KEPT = 8
 
 
 class StreamParser:
@@ -53,7 +42,7 @@ class StreamParser:
         self.calls: list[ParsedCall] = []
         """tool calls opened so far; their arguments come as deltas and stand in the reply, not here"""
         self._names = codec.names
-        self._bytes = _token_bytes(codec.tokenizer)
+        self._bytes = token_bytes(codec.tokenizer)
         self._utf8 = getincrementaldecoder("utf-8")("replace")
         self._texts: dict[Part, list[str]] = {part: [] for part in _TEXTS}
         self._arguments: list[list[str]] = []
@@ -141,7 +130,7 @@ class StreamParser:
         self._header.append(message_token)
         self._state = "content"
         self._part = header.channel or "unparsed"
-        self._label = _LABELS[header.channel] if header.channel else Label.UNPARSED
+        self._label = CHANNEL_LABELS[header.channel] if header.channel else Label.UNPARSED
         deltas = []
         if header.fault:
             self._fail(header.fault)
@@ -246,33 +235,3 @@ def _read_header(role: list[str], rest: list[str], *, role_is_told: bool) -> _He
 
 def _text(pieces: Iterable[bytes]) -> str:
     return b"".join(pieces).decode("utf-8", "replace")
-
-
-class _TokenBytes(dict[int, bytes]):
-    """The bytes of each token, found when first asked for; an id outside the vocabulary has none.
-
-    From bytes a letter is known to be cut, or broken for good, by itself. `tokenizers.DecodeStream` decodes all that
-    it holds back again with every token, and holds back as long as the text ends in U+FFFD.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [byte for byte in range(256) if byte not in printable]
-        self._alphabet = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-    def __missing__(self, token: int) -> bytes:
-        try:
-            piece = self._tokenizer.id_to_token(token) or ""
-        except OverflowError:
-            piece = ""
-        known = all(letter in self._alphabet for letter in piece)
-        self[token] = bytes(self._alphabet[letter] for letter in piece) if known else piece.encode()
-        return self[token]
-
-
-@lru_cache(_TOKENIZERS_KEPT)
-def _token_bytes(tokenizer: Tokenizer) -> _TokenBytes:
-    if not isinstance(tokenizer.decoder, ByteLevel):
-        raise ValueError("the tokenizer is not byte-level: it is not a Harmony tokenizer")
-    return _TokenBytes(tokenizer)

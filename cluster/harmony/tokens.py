@@ -30,7 +30,13 @@ class Label(IntEnum):
     UNPARSED = 9
 
 
-TRAINABLE = (Label.ANALYSIS, Label.COMMENTARY, Label.FINAL)
+CHANNEL_LABELS: dict[str, Label] = {
+    "analysis": Label.ANALYSIS,
+    "commentary": Label.COMMENTARY,
+    "final": Label.FINAL,
+}
+"""label of what the model writes in each of its channels"""
+TRAINABLE = tuple(CHANNEL_LABELS.values())
 """labels of tokens that a model can be trained to write"""
 
 

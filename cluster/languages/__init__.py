@@ -6,12 +6,13 @@ asked in training.
 
 from __future__ import annotations
 
-from cluster.languages.catalogue import CATALOGUE, MEASURED, Direction, Language, find_language, matches
+from cluster.languages.catalogue import CATALOGUE, MEASURED, Direction, Language, find_language, matches, resolve
 from cluster.languages.detection import MINIMUM_LETTERS, UNDETERMINED, detect_language, detection_candidates
-from cluster.languages.instruction import InstructionForm, declared_language, reasoning_instruction
+from cluster.languages.instruction import INSTRUCTION, InstructionForm, declared_language, reasoning_instruction
 
 __all__ = [
     "CATALOGUE",
+    "INSTRUCTION",
     "MEASURED",
     "MINIMUM_LETTERS",
     "UNDETERMINED",
@@ -24,4 +25,5 @@ __all__ = [
     "find_language",
     "matches",
     "reasoning_instruction",
+    "resolve",
 ]

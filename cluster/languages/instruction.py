@@ -14,7 +14,8 @@ InstructionForm = Literal["english", "japanese"]
 - `japanese`: `推論言語: フランス語`, as the Japanese fine-tuning recipe says it that Raysoner grew from.
 """
 
-_INSTRUCTION = re.compile(r"^[^\S\n]*(?:reasoning language|推論言語)[^\S\n]*[:：](.*)$", re.MULTILINE | re.IGNORECASE)
+INSTRUCTION = re.compile(r"^[^\S\n]*(?:reasoning language|推論言語)[^\S\n]*[:：](.*)$", re.MULTILINE | re.IGNORECASE)
+"""a line that asks for a reasoning language, in either form; its group is the language as it is written"""
 
 
 def reasoning_instruction(tag: str, form: InstructionForm = "english") -> str:
@@ -39,6 +40,6 @@ def declared_language(text: str) -> str | None:
     Returns:
         None where there is no instruction, or where it names no language of the catalogue.
     """
-    instruction = _INSTRUCTION.search(text)
+    instruction = INSTRUCTION.search(text)
     language = resolve(instruction[1].strip().rstrip(".。")) if instruction else None
     return language.tag if language else None

@@ -105,20 +105,20 @@ def test_an_interrupted_job_goes_on_with_the_missing_parts(ray_cluster: LocalRay
 
 def test_the_hash_follows_content_settings_and_seed(data: Path, tmp_path: Path) -> None:
     config = DataConfig(train=str(data), sequence_length=600)
-    first = content_hash(str(data), config, TOKENIZER, 0)
-    assert content_hash(str(data), config, TOKENIZER, 0) == first
+    first = content_hash(parts(str(data)), config, TOKENIZER, 0)
+    assert content_hash(parts(str(data)), config, TOKENIZER, 0) == first
     moved = tmp_path / "moved"
     shutil.copytree(data, moved)
     unchanged = config.model_copy(update={"train_on": ("final",)})
-    assert content_hash(str(moved), unchanged, TOKENIZER, 0) == first
+    assert content_hash(parts(str(moved)), unchanged, TOKENIZER, 0) == first
     others = {
-        content_hash(str(data), config, TOKENIZER, 1),
-        content_hash(str(data), config.model_copy(update={"sequence_length": 601}), TOKENIZER, 0),
-        content_hash(str(data), config.model_copy(update={"long_documents": "drop"}), TOKENIZER, 0),
-        content_hash(str(data), config.model_copy(update={"packing": False}), TOKENIZER, 0),
+        content_hash(parts(str(data)), config, TOKENIZER, 1),
+        content_hash(parts(str(data)), config.model_copy(update={"sequence_length": 601}), TOKENIZER, 0),
+        content_hash(parts(str(data)), config.model_copy(update={"long_documents": "drop"}), TOKENIZER, 0),
+        content_hash(parts(str(data)), config.model_copy(update={"packing": False}), TOKENIZER, 0),
     }
     (data / "0.jsonl").write_bytes((data / "0.jsonl").read_bytes().replace(b"2", b"3", 1))
-    others.add(content_hash(str(data), config, TOKENIZER, 0))
+    others.add(content_hash(parts(str(data)), config, TOKENIZER, 0))
     assert len(others | {first}) == 6
 
 

@@ -21,8 +21,8 @@ from training.data.findings import Finding, FindingLog, Severity
 from training.data.inspection import Rules, excerpt, inspect
 from training.data.places import DataError, Place
 from training.data.samples import Sample, lay_out, thinking_overhead
+from training.data.sources import WHOLE_FILES
 
-WHOLE_FILES = 1 << 62
 BATCH = 64
 """conversations rendered at once"""
 EXCERPTS = 12

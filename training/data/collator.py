@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.harmony import Label
-from training.data.documents import CHANNEL_LABELS
+from cluster.harmony import CHANNEL_LABELS, Label
 
 IGNORED = -100
 """label of a token that carries no loss (torch's `cross_entropy` default `ignore_index`)"""

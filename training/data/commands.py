@@ -12,7 +12,8 @@ from pathlib import Path
 from pydantic import ValidationError
 from rich.text import Text
 
-from cluster.harmony import Codec, Label
+from cluster.artifacts import publish_file
+from cluster.harmony import CHANNEL_LABELS, Codec
 from training.config import ColumnsConfig, DataConfig
 from training.data.conversations import DataError
 from training.data.flags import DEMO_TOKENIZER, Action, make_parser
@@ -51,7 +52,8 @@ def _check(flags: argparse.Namespace) -> int:
     if flags.html:
         from training.data.page import render_page
 
-        _write(Path(flags.html), render_page(report))
+        with publish_file(Path(flags.html)) as scratch:
+            scratch.write_text(render_page(report), encoding="utf-8")
     if flags.json:
         print(json.dumps(report.as_json(), ensure_ascii=False))
     else:
@@ -71,7 +73,7 @@ def _show(flags: argparse.Namespace) -> int:
     example = render_turn(record, codec, flags.turn)
     console = make_console()
     coloured = console.is_terminal and not flags.no_color and not os.environ.get("NO_COLOR")
-    trained = {Label[channel.upper()] for channel in flags.train_on}
+    trained = {CHANNEL_LABELS[channel] for channel in flags.train_on}
     console.print(Text(isolated(str(record.source))), soft_wrap=True)
     (print_tokens if flags.tokens else print_sample)(example, codec, trained, console, coloured)
     return 0
@@ -149,15 +151,6 @@ def _check_page(page: Path) -> None:
         raise DataError(page, "this is a folder; name a file in --html")
     if not page.resolve().parent.is_dir():
         raise DataError(page, "the folder of this file does not exist; make it, or name another one in --html")
-
-
-def _write(target: Path, text: str) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _distinct(flag: str, pairs: Sequence[tuple[str, float]]) -> dict[str, float]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import tee
 from typing import NamedTuple
 
 import numpy as np
 
-from cluster.harmony import TRAINABLE, Codec, Label
+from cluster.harmony import CHANNEL_LABELS, Codec, Label
 from training.config import DataConfig
-from training.data.conversations import DataError, SourcedConversation
-
-CHANNEL_LABELS = {label.name.lower(): label for label in TRAINABLE}
+from training.data.conversations import DataError, Place, SourcedConversation
 
 
 class Document(NamedTuple):
@@ -36,6 +35,20 @@ class Counts(Counter[str]):
     def trained(self, channels: Iterable[str]) -> int:
         """Tokens that carry loss when `channels` are trained."""
         return sum(self[channel] for channel in channels)
+
+
+def require_documents(path: str, counts: Mapping[str, int]) -> None:
+    """See that the data holds something.
+
+    Raises:
+        DataError: no conversation was read, or all were dropped for their length.
+    """
+    if dropped := counts.get("dropped", 0):
+        reason = f"all {dropped} conversations are longer than data.sequence_length and were dropped; raise the setting"
+    else:
+        reason = "the source holds no conversation; write one JSON object a line, with `messages`"
+    if not counts.get("documents", 0):
+        raise DataError(path, reason)
 
 
 def require_trained_tokens(path: str, counts: Mapping[str, int], config: DataConfig) -> None:
@@ -63,24 +76,21 @@ def read_documents(
         DataError: the first error in `found`; or a document is longer than `config.sequence_length` and
             `config.long_documents` is "error".
     """
-    sources: list[object] = []
-
-    def conversations() -> Iterator[SourcedConversation]:
-        for item in found:
-            if isinstance(item, DataError):
-                raise item
-            sources.append(item.source)
-            yield item
-
-    for examples in codec.render_all(item.conversation for item in conversations()):
-        source = sources.pop(0)
+    items, rendered = tee(map(_or_raise, found))
+    for item, examples in zip(items, codec.render_all(item.conversation for item in rendered), strict=True):
         counts["conversations"] += 1
         for tokens, labels in examples:
-            yield from _fit(source, np.array(tokens, np.int32), np.frombuffer(labels, np.uint8), config, counts)
+            yield from _fit(item.source, np.array(tokens, np.int32), np.frombuffer(labels, np.uint8), config, counts)
+
+
+def _or_raise(item: SourcedConversation | DataError) -> SourcedConversation:
+    if isinstance(item, DataError):
+        raise item
+    return item
 
 
 def _fit(
-    source: object, tokens: np.ndarray, labels: np.ndarray, config: DataConfig, counts: Counts
+    source: Place, tokens: np.ndarray, labels: np.ndarray, config: DataConfig, counts: Counts
 ) -> Iterator[Document]:
     longest = config.sequence_length
     counts["longest"] = max(counts["longest"], len(tokens))

@@ -14,8 +14,6 @@ from cluster.languages import CATALOGUE, UNDETERMINED
 from training.data.packing import DOCUMENTS_TOGETHER, pack_lengths
 from training.data.samples import Sample, Turn
 
-TRAINED = frozenset(label.name.lower() for label in TRAINABLE)
-"""names of the labels that can be trained"""
 BARS = 20
 """bars of a histogram, about; the last one is open"""
 PACKED_LENGTHS = 200_000

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cache
 
 from cluster.harmony import Message
-from cluster.languages import CATALOGUE, UNDETERMINED, matches
+from cluster.languages import CATALOGUE, INSTRUCTION, UNDETERMINED, matches
 from training.data import findings
 from training.data.findings import Finding
-from training.data.samples import INSTRUCTION, Sample, Turn, count_letters
+from training.data.samples import Sample, Turn, count_letters
 
 EXCERPT_CHARACTERS = 160
 LETTERS_TO_COMPARE = 30

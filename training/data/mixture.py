@@ -23,12 +23,12 @@ from tqdm import tqdm
 from cluster.languages import CATALOGUE
 from training.config import ColumnsConfig
 from training.data.columns import parse_record
+from training.data.names import is_hub_id, kind_of
 from training.data.places import DataError, Place, open_file
-from training.data.records import LINE_BYTES, read_records
+from training.data.records import Record, lines, parse_line, read_records
 from training.data.samples import language_tag, tell_language
-from training.data.sources import Part, is_hub_id, kind_of, parts
+from training.data.sources import WHOLE_FILES, Part, parts
 
-WHOLE_FILES = 1 << 62
 OPEN_FILES = 64
 SEEK_BYTES = 1 << 14
 
@@ -140,9 +140,8 @@ def _find_records(
     progress = tqdm(desc=f"finding {source}", unit=" records", disable=None, delay=1)
     for part in parts(source, WHOLE_FILES):
         files.append(part.file if _reads_in_place(part.file) else _copy(part, folder / f"{len(files)}.jsonl"))
-        for place, offset, line in _lines(files[-1], part.file):
-            record = _decode(line, place)
-            tag = _language(record, place) if languages else None
+        for offset, record in _records(files[-1], part.file):
+            tag = _language(record) if languages else None
             progress.update()
             if languages is None or tag in languages:
                 cell = cells.setdefault(tag, _Cell())
@@ -170,37 +169,30 @@ def _copy(part: Part, copy: Path) -> str:
     return str(copy)
 
 
-def _lines(file: str, name: str) -> Iterator[tuple[Place, int, bytes]]:
-    """Lines that are not blank, each with its place in the file that the user named, and its first byte."""
+def _records(file: str, name: str) -> Iterator[tuple[int, Record]]:
+    """Records of a local JSONL file with their first bytes; places are in the file that the user named.
+
+    Raises:
+        DataError: the first line that cannot be read.
+    """
     offset = 0
     with open(file, "rb") as stream:
-        number = 0
-        while line := stream.readline(LINE_BYTES + 1):
-            number += 1
-            place = Place(name, number)
-            if len(line) > LINE_BYTES:
-                raise DataError(place, f"the line is longer than {LINE_BYTES >> 20} MiB; write one record a line")
-            if line.strip():
-                yield place, offset, line
+        for number, line in lines(stream, Part(file)):
+            found = parse_line(line, Place(name, number))
+            if isinstance(found, DataError):
+                raise found
+            if found:
+                yield offset, found
             offset += len(line)
 
 
-def _decode(line: bytes, place: Place) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(place, f"the line is not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(place, f"the line is not valid JSON ({error}); mend it or drop it") from None
-
-
-def _language(record: Any, place: Place) -> str | None:
-    if isinstance(record, dict):
+def _language(record: Record) -> str | None:
+    if isinstance(record.value, dict):
         for name in ("reasoning_language", "language"):
-            value = record.get(name)
+            value = record.value.get(name)
             if isinstance(value, str) and (tag := language_tag(value)):
                 return tag
-    conversation, _ = parse_record(record, place, ColumnsConfig())
+    conversation, _ = parse_record(record.value, record.place, ColumnsConfig())
     thinking = (message.thinking for message in reversed(conversation.messages) if message.thinking)
     return tell_language(next(thinking, ""))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from cluster.harmony import CHANNEL_LABELS
 from cluster.languages import CATALOGUE, UNDETERMINED
 from training.data.check import Excerpt, Report
-from training.data.figures import TRAINED, Agreement, Bar, Figures
+from training.data.figures import Agreement, Bar, Figures
 from training.data.findings import Finding, Kind
 from training.data.inspection import name
 from training.data.terminal import counted, overview_rows, printable
@@ -154,7 +155,7 @@ def _labels(figures: Figures) -> Iterable[str]:
     )
     yield f"<div class='share'>{''.join(stretches)}</div>"
     rows = [
-        (_swatch(label), tokens, f"{tokens / total:.1%}", "trained" if label in TRAINED else "context")
+        (_swatch(label), tokens, f"{tokens / total:.1%}", "trained" if label in CHANNEL_LABELS else "context")
         for label, tokens in figures.tokens_by_label.items()
     ]
     yield _table(("label", "tokens", "share", ""), rows, numbers=(1, 2))

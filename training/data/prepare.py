@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -20,14 +19,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from cluster.artifacts import publish_file
 from cluster.harmony import Codec
 from training.config import DataConfig
 from training.data.conversations import DataError, Part, parts, read_part
-from training.data.documents import Counts, read_documents
+from training.data.documents import Counts, read_documents, require_documents
+from training.data.names import is_hub_id
 from training.data.packing import Row, pack
 from training.data.places import open_filesystem
 from training.data.shards import write_shard
-from training.data.sources import is_hub_id
 
 FORMAT = 1
 """of the shards; a change makes all that were made before useless"""
@@ -68,23 +68,30 @@ def prepare(path: str, config: DataConfig, tokenizer_folder: str, storage: str, 
         seed: of the order in which documents share rows.
 
     Raises:
-        DataError: the first broken record, by place in the data; nothing is left behind.
+        DataError: a broken record, by its place, or there is no conversation; nothing is left behind.
     """
-    folder = Path(storage) / "prepared" / content_hash(path, config, tokenizer_folder, seed)
+    pieces = parts(path, PART_BYTES)
+    folder = Path(storage) / "prepared" / content_hash(pieces, config, tokenizer_folder, seed)
     if (folder / MANIFEST).is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
+    common = {
+        "folder": str(folder),
+        "tokenizer": tokenizer_folder,
+        "seed": seed,
+        "config": config.model_dump(mode="json"),
+    }
     tasks: list[dict[str, Any]] = [
-        {"number": number, "part": json.dumps(part), "folder": str(folder), "tokenizer": tokenizer_folder, "seed": seed}
-        for number, part in enumerate(parts(path, PART_BYTES))
+        {"number": number, "part": json.dumps(part), **common}
+        for number, part in enumerate(pieces)
+        if not _summary(folder, number).is_file()
     ]
-    settings = config.model_dump(mode="json")
-    open_tasks = [{**task, "config": settings} for task in tasks if not _summary(folder, task["number"]).is_file()]
-    errors = _run(open_tasks, path)
-    if errors:
+    try:
+        _run(tasks, path)
+        _finish(folder, path, config, len(pieces))
+    except DataError:
         shutil.rmtree(folder, ignore_errors=True)
-        raise DataError(errors[min(errors)])
-    _finish(folder, path, config, [task["number"] for task in tasks])
+        raise
     return folder
 
 
@@ -98,7 +105,7 @@ def shard_files(folder: Path) -> list[str]:
     return sorted(str(file) for file in folder.glob("part-*.parquet"))
 
 
-def content_hash(path: str, config: DataConfig, tokenizer_folder: str, seed: int) -> str:
+def content_hash(pieces: Sequence[Part], config: DataConfig, tokenizer_folder: str, seed: int) -> str:
     """Names everything the shards depend on: the bytes of the data and of the tokenizer, settings and seed.
 
     A data set of the hub goes by its id alone: remove its folder to fetch it anew.
@@ -106,7 +113,7 @@ def content_hash(path: str, config: DataConfig, tokenizer_folder: str, seed: int
     digest = hashlib.sha256()
     settings = config.model_dump(mode="json", include={"columns", "sequence_length", "packing", "long_documents"})
     digest.update(json.dumps([FORMAT, PART_BYTES, seed, settings], sort_keys=True).encode())
-    files = [str(Path(tokenizer_folder) / "tokenizer.json"), *dict.fromkeys(part.file for part in parts(path))]
+    files = [str(Path(tokenizer_folder) / "tokenizer.json"), *dict.fromkeys(part.file for part in pieces)]
     for file in files:
         digest.update(file.encode() if is_hub_id(file) else _file_hash(file))
     return digest.hexdigest()[:20]
@@ -139,61 +146,61 @@ def prepare_part(task: dict[str, Any]) -> dict[str, Any]:
     except DataError as error:
         return {"number": number, "error": str(error)}
     summary = {"rows": rows_written, "shards": shards, "counts": dict(counts)}
-    write_text(_summary(folder, number), json.dumps(summary))
+    with publish_file(_summary(folder, number)) as scratch:
+        scratch.write_text(json.dumps(summary), encoding="utf-8")
     return {"number": number, "error": None}
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file that appears under its name when it is complete."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+def _run(tasks: list[dict[str, Any]], path: str) -> None:
+    """Do the tasks on the cluster and say how far they are.
 
-
-def _run(tasks: list[dict[str, Any]], path: str) -> dict[int, str]:
-    """Do the tasks on the cluster and say how far they are; returns errors by number, stopping soon after the first."""
+    Raises:
+        DataError: a broken record; the job ends soon after the first that is met.
+    """
     if len(tasks) < 2:  # a job's start would take longer than the work
-        done_here = [prepare_part(task) for task in tasks]
-        return {result["number"]: result["error"] for result in done_here if result["error"]}
+        for task in tasks:
+            _raise_error(prepare_part(task))
+        return
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(prepare_part)
-    errors: dict[int, str] = {}
     began = said = time.monotonic()
     for done, result in enumerate(dataset.iter_rows(), start=1):
-        if result["error"]:
-            errors[result["number"]] = result["error"]
-            break
+        _raise_error(result)
         now = time.monotonic()
         if now - said >= PROGRESS_SECONDS and done < len(tasks):
             said = now
             left = (now - began) / done * (len(tasks) - done)
             print(f"data      {path}: {done} of {len(tasks)} parts prepared, about {left:.0f} s left", flush=True)
-    return errors
 
 
-def _finish(folder: Path, path: str, config: DataConfig, numbers: Iterable[int]) -> None:
+def _raise_error(result: dict[str, Any]) -> None:
+    if result["error"]:
+        raise DataError(result["error"])
+
+
+def _finish(folder: Path, path: str, config: DataConfig, parts_prepared: int) -> None:
     """Sum up and write the manifest, which says that the folder is complete.
 
     Raises:
         DataError: no part held a conversation.
     """
-    summaries = [json.loads(_summary(folder, number).read_text(encoding="utf-8")) for number in numbers]
+    summaries = [json.loads(_summary(folder, number).read_text(encoding="utf-8")) for number in range(parts_prepared)]
     counts = Counts()
     for summary in summaries:
         counts.add(Counts(summary["counts"]))
-    rows = sum(summary["rows"] for summary in summaries)
-    if rows == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise DataError(
-            path, "the source holds no conversation to train on; see data.long_documents if all were dropped"
-        )
+    require_documents(path, counts)
     found = Prepared(
-        source=path, parts=len(summaries), rows=rows, sequence_length=config.sequence_length, counts=dict(counts)
+        source=path,
+        parts=parts_prepared,
+        rows=sum(summary["rows"] for summary in summaries),
+        sequence_length=config.sequence_length,
+        counts=dict(counts),
     )
-    write_text(folder / MANIFEST, found.model_dump_json(indent=1) + "\n")
+    with publish_file(folder / MANIFEST) as scratch:
+        scratch.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def _summary(folder: Path, number: int) -> Path:

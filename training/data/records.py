@@ -18,8 +18,9 @@ from typing import IO, Any, NamedTuple
 import pyarrow
 import pyarrow.parquet
 
+from training.data.names import is_hub_id, kind_of, name_of
 from training.data.places import BLOCK_BYTES, DataError, Place, first_line, open_file, open_filesystem
-from training.data.sources import Part, is_hub_id, kind_of, name_of
+from training.data.sources import Part
 
 LINE_BYTES = 16 * 2**20
 """longest line that is read, without its newline"""
@@ -49,16 +50,14 @@ def _json_lines(part: Part) -> Iterator[Record | DataError]:
     number = 0
     try:
         with contextlib.closing(_open_lines(part.file)) as stream:
-            for number, line in _lines(stream, part):
+            for number, line in lines(stream, part):
                 place = Place(part.file, number, start=origin)
                 problem = _file_problem(line) if number == 1 and not origin else None
                 if problem:
                     yield DataError(place, problem)
                     return
-                if len(line) > LINE_BYTES and not line.endswith(b"\n"):
-                    yield DataError(place, f"the line is longer than {LINE_BYTES >> 20} MiB; write one record a line")
-                elif line.strip():
-                    yield _decode(line, place)
+                if found := parse_line(line, place):
+                    yield found
     except UNREADABLE as error:
         yield DataError(Place(part.file, number + 1, start=origin), _unreadable(part.file, error))
 
@@ -75,7 +74,7 @@ def _open_lines(file: str) -> IO[bytes]:
     return open_file(file)
 
 
-def _lines(stream: IO[bytes], part: Part) -> Iterator[tuple[int, bytes]]:
+def lines(stream: IO[bytes], part: Part) -> Iterator[tuple[int, bytes]]:
     """Lines that start within the part, counted from the byte before it. Of a line that is longer than `LINE_BYTES`,
     one byte more than that is kept.
     """
@@ -119,6 +118,13 @@ def _file_problem(first: bytes) -> str | None:
     if start == b"{":
         return "the JSON object runs over several lines; write one object a line, for example with `jq -c .`"
     return None
+
+
+def parse_line(line: bytes, place: Place) -> Record | DataError | None:
+    """A line as `lines` yields it, decoded; None if it is blank."""
+    if len(line) > LINE_BYTES and not line.endswith(b"\n"):
+        return DataError(place, f"the line is longer than {LINE_BYTES >> 20} MiB; write one record a line")
+    return _decode(line, place) if line.strip() else None
 
 
 def _decode(line: bytes, place: Place) -> Record | DataError:

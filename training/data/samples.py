@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -10,12 +9,13 @@ from typing import Any, NamedTuple
 from cluster.harmony import Codec, Conversation, Example
 from cluster.harmony.codec import assistant_turns
 from cluster.languages import (
+    INSTRUCTION,
     MEASURED,
     UNDETERMINED,
     declared_language,
     detect_language,
     detection_candidates,
-    find_language,
+    resolve,
 )
 from training.data.places import Place
 
@@ -25,9 +25,6 @@ LETTERS_TO_BE_SURE = 200
 """from this many letters on, a language is told apart from all others of the catalogue"""
 DETECTION_CHARACTERS = 1200
 """of a longer text, the language is told from its beginning and its end"""
-
-INSTRUCTION = re.compile(r"^[^\S\n]*(?:reasoning language|推論言語)[^\S\n]*[:：](.*)$", re.MULTILINE | re.IGNORECASE)
-"""the line of a developer or system message that declares the language of thinking, as `declared_language` reads it"""
 
 
 class Turn(NamedTuple):
@@ -120,10 +117,8 @@ def asked_language(text: str) -> tuple[str, str | None] | None:
 @lru_cache(4096)
 def language_tag(wish: str) -> str | None:
     """The tag that a name or tag of a language means, or None when the catalogue has none."""
-    try:
-        return find_language(wish).tag
-    except ValueError:
-        return None
+    language = resolve(wish)
+    return language.tag if language else None
 
 
 def tell_language(text: str, wanted: str | None = None) -> str:

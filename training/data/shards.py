@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from cluster.artifacts import publish_file
 from training.data.packing import Row
 
 SCHEMA = pa.schema(
@@ -33,14 +33,9 @@ def write_shard(rows: Sequence[Row], path: Path) -> None:
         _lists([np.array(row.lengths, np.int32) for row in rows], pa.int32()),
         pa.array([len(row.tokens) for row in rows], pa.int32()),
     ]
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        pyarrow.parquet.write_table(
-            pa.Table.from_arrays(columns, schema=SCHEMA), scratch, compression="zstd", row_group_size=ROWS_IN_GROUP
-        )
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    table = pa.Table.from_arrays(columns, schema=SCHEMA)
+    with publish_file(path) as scratch:
+        pyarrow.parquet.write_table(table, scratch, compression="zstd", row_group_size=ROWS_IN_GROUP)
 
 
 def _lists(arrays: Sequence[np.ndarray], kind: pa.DataType) -> pa.Array:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cluster.harmony import START, Codec, Example, Label
+from cluster.harmony.bytelevel import spelled_bytes
 from training.config import ColumnsConfig
 from training.data.conversations import SourcedConversation, scan_conversations
 from training.data.places import DataError
@@ -130,9 +131,8 @@ def piece(token: int, codec: Codec) -> str:
         return codec.names[token]
     text = codec.decode([token])
     raw = codec.tokenizer.id_to_token(token)
-    if "\ufffd" in text and raw is not None and all(letter in _BYTES for letter in raw):
-        return "".join(f"\\x{_BYTES[letter]:02x}" for letter in raw)
-    return repr(text)
+    spelled = spelled_bytes(raw) if "\ufffd" in text and raw is not None else None
+    return repr(text) if spelled is None else "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
 def _text_of(stretch: Stretch, codec: Codec, trained: bool) -> Text:
@@ -168,13 +168,3 @@ def _print(text: Text, console: Console, coloured: bool) -> None:
         console.print(text, soft_wrap=True)
     else:
         console.print(text.plain.rstrip(), soft_wrap=True, style=None)
-
-
-def _byte_letters() -> dict[str, int]:
-    """Byte-level BPE writes bytes as letters: printable ones as they are, the others from U+0100 on."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
-
-
-_BYTES = _byte_letters()

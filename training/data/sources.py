@@ -11,14 +11,11 @@ import pyarrow
 import pyarrow.fs
 import pyarrow.parquet
 
+from training.data.names import KINDS, is_hub_id, kind_of
 from training.data.places import DataError, first_line, open_filesystem
 
-JSON_SUFFIXES = (".jsonl", ".json")
-COMPRESSED_SUFFIXES = tuple(f"{suffix}{packed}" for suffix in JSON_SUFFIXES for packed in (".gz", ".bz2", ".zst"))
-PARQUET_SUFFIXES = (".parquet",)
-SUFFIXES = JSON_SUFFIXES + COMPRESSED_SUFFIXES + PARQUET_SUFFIXES
-KINDS = "JSONL (.jsonl, .json, also with .gz, .bz2 or .zst) or Parquet (.parquet)"
-
+WHOLE_FILES = 1 << 62
+"""`part_bytes` with which no file is cut"""
 WAYS = "give a path from the working directory, a storage URI, or a hub data set's id such as owner/name"
 
 
@@ -64,31 +61,6 @@ def parts(path: str, part_bytes: int = 64 * 2**20) -> list[Part]:
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(path, f"the storage cannot be read ({first_line(error)})") from None
     return [part for file, info in files for part in _cut(file, info, filesystem, part_bytes)]
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether `path` is meant as owner/name of a hub data set: nothing local is in the way, and it names no file."""
-    if not re.fullmatch(r"[\w-]+/[\w.-]+", path) or kind_of(path):
-        return False
-    return not Path(path.split("/")[0]).exists()
-
-
-def kind_of(file: str) -> str | None:
-    """`jsonl`, `compressed` or `parquet` by the file's name, or None for other names."""
-    name = name_of(file)
-    for kind, suffixes in (
-        ("jsonl", JSON_SUFFIXES),
-        ("compressed", COMPRESSED_SUFFIXES),
-        ("parquet", PARQUET_SUFFIXES),
-    ):
-        if name.endswith(suffixes):
-            return kind
-    return None
-
-
-def name_of(file: str) -> str:
-    """A file's path in small letters, without the options that a storage URI may carry."""
-    return (file.split("?")[0] if "://" in file else file).lower()
 
 
 def _data_files(folder: str, filesystem: pyarrow.fs.FileSystem, inner: str) -> list[tuple[str, pyarrow.fs.FileInfo]]:

@@ -11,9 +11,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from cluster.harmony import CHANNEL_LABELS
 from cluster.languages import UNDETERMINED
 from training.data.check import Report
-from training.data.figures import TRAINED, Agreement, Figures, LanguageFigures, Lengths
+from training.data.figures import Agreement, Figures, LanguageFigures, Lengths
 from training.data.findings import Finding, Kind, Severity
 from training.data.inspection import name
 
@@ -155,7 +156,7 @@ def _labels(figures: Figures) -> Table:
     made = table("Tokens by who wrote them", "label", "#tokens", "#share", "")
     total = sum(figures.tokens_by_label.values())
     for label, tokens in figures.tokens_by_label.items():
-        use = Text("trained", "green") if label in TRAINED else "context"
+        use = Text("trained", "green") if label in CHANNEL_LABELS else "context"
         made.add_row(label, f"{tokens:,}", f"{tokens / total:.1%}", use)
     return made
 
