@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,13 +39,15 @@ def run(config: TrainingConfig) -> Path:
     """Train, or resume the run of this name, and return the folder of the finished adapter.
 
     Raises:
-        ConfigError: the cluster lacks what the run asks for, or the name belongs to a run with other settings.
+        ConfigError: the cluster lacks what the run asks for, the storage cannot be written, or the name belongs to a
+            run with other settings.
         ray.train.TrainingFailedError: a worker failed more often than `workers.retries`.
     """
     config = locate(config)
     folder = Path(config.run.storage) / config.run.name
     adapter = folder / "adapter"
-    _claim(folder, config)
+    with _writing(config.run.storage):
+        _claim(folder, config)
     if (adapter / MANIFEST).is_file():
         return adapter
     connect()
@@ -87,7 +91,8 @@ def prepare_data(config: TrainingConfig) -> dict[str, str | None]:
         path = getattr(config.data, name)
         folders[name] = None
         if path is not None:
-            folder = prepare(path, config.data, config.model.path, config.run.storage, config.run.seed)
+            with _writing(config.run.storage):
+                folder = prepare(path, config.data, config.model.path, config.run.storage, config.run.seed)
             require_trained_tokens(path, read_prepared(folder).counts, config.data)
             folders[name] = str(folder)
     return folders
@@ -160,6 +165,16 @@ def check_resources(config: TrainingConfig, cluster: dict[str, float]) -> None:
                 f"workers.count = {config.workers.count} with {each:g} {kind} each needs {needed:g} {kind}, and the "
                 f"cluster has {there:g}: start more nodes, or lower workers.count or workers.{kind.lower()}s"
             )
+
+
+@contextmanager
+def _writing(storage: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"run.storage = {storage!r} cannot be written ({error}): give a folder that every node may write to"
+        ) from None
 
 
 def _claim(folder: Path, config: TrainingConfig) -> None:

@@ -62,11 +62,16 @@ class Codec:
 
         Raises:
             FileNotFoundError: the folder has no `tokenizer.json`.
+            ValueError: it is damaged, or no Harmony tokenizer.
         """
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: a checkpoint folder carries its tokenizer.json")
-        return cls(Tokenizer.from_file(str(path)))
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more specific
+            raise ValueError(f"the tokenizer cannot be read ({error}); copy it again from the base model") from None
+        return cls(tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """`text` as ordinary tokens; a control token typed in it is encoded letter by letter, as text."""

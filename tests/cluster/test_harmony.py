@@ -217,3 +217,9 @@ def test_render_all_streams_groups_in_order() -> None:
     rendered = list(CODEC.render_all(iter(wanted)))
     assert [len(examples) for examples in rendered] == [1, 0, 2, 1] * 40
     assert rendered[:4] == rendered[-4:]
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"the tokenizer cannot be read \(.*copy it again"):
+        Codec.from_folder(tmp_path)

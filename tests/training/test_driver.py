@@ -9,7 +9,7 @@ import pytest
 from cluster.config import ConfigError, load_files
 from tests.conftest import DEMO
 from training.config import TrainingConfig
-from training.driver import check_resources, locate, resources_per_worker
+from training.driver import check_resources, locate, resources_per_worker, run
 from training.plan import make_plan
 
 
@@ -30,6 +30,12 @@ def test_paths_become_absolute(config: TrainingConfig) -> None:
     assert locate(with_run(config, storage="~/x")).run.storage == str(Path.home() / "x")
     with pytest.raises(ConfigError, match="is a storage URI, and runs live in folders"):
         locate(with_run(config, storage="s3://bucket/x"))
+
+
+def test_storage_that_cannot_be_written_is_named(config: TrainingConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run\.storage = .* cannot be written \(.*give a folder"):
+        run(with_run(config, storage=str(tmp_path / "file" / "runs")))
 
 
 def test_inside_a_job_paths_stay_relative_and_storage_must_not(

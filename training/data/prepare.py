@@ -69,6 +69,7 @@ def prepare(path: str, config: DataConfig, tokenizer_folder: str, storage: str, 
 
     Raises:
         DataError: a broken record, by its place, or there is no conversation; nothing is left behind.
+        OSError: a shard could not be written; the parts that are done stay.
     """
     pieces = parts(path, PART_BYTES)
     folder = Path(storage) / "prepared" / content_hash(pieces, config, tokenizer_folder, seed)
@@ -156,16 +157,17 @@ def _run(tasks: list[dict[str, Any]], path: str) -> None:
 
     Raises:
         DataError: a broken record; the job ends soon after the first that is met.
+        OSError: a shard could not be written.
     """
     if len(tasks) < 2:  # a job's start would take longer than the work
         for task in tasks:
-            _raise_error(prepare_part(task))
+            _raise_error(_attempt(task))
         return
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(prepare_part)
+    dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(_attempt)
     began = said = time.monotonic()
     for done, result in enumerate(dataset.iter_rows(), start=1):
         _raise_error(result)
@@ -176,7 +178,17 @@ def _run(tasks: list[dict[str, Any]], path: str) -> None:
             print(f"data      {path}: {done} of {len(tasks)} parts prepared, about {left:.0f} s left", flush=True)
 
 
+def _attempt(task: dict[str, Any]) -> dict[str, Any]:
+    """`prepare_part`, with an error of the storage as data: Ray would wrap it beyond recognition."""
+    try:
+        return {**prepare_part(task), "storage": None}
+    except OSError as error:
+        return {"number": task["number"], "error": None, "storage": str(error)}
+
+
 def _raise_error(result: dict[str, Any]) -> None:
+    if result["storage"]:
+        raise OSError(result["storage"])
     if result["error"]:
         raise DataError(result["error"])
 
