@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 from array import array
 from collections.abc import Callable
@@ -11,13 +10,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from cluster.harmony import Codec
 from training.__main__ import main
 from training.data.check import Options, Report, check
-from training.data.duplicates import DuplicateIndex, shingles, signature
 from training.data.figures import describe_lengths, measure_packing
 from training.data.flags import DEMO_TOKENIZER
 from training.data.page import render_page
@@ -108,6 +105,12 @@ CASES: dict[str, tuple[dict[str, Any] | str, str]] = {
         record("Pourquoi le ciel est-il bleu pendant la journée ?", answer="The sky is blue since air scatters light."),
         "the question reads as French, the answer as English",
     ),
+    "thinking-language": (
+        record(
+            "Pourquoi le ciel est-il bleu ?", THINKING["de"], "C'est parce que l'air diffuse la lumière bleue.", None
+        ),
+        "the thinking reads as German, the answer as French, and no language is declared",
+    ),
     "unknown-language": (record(ask="reasoning language: Klingon"), "'Klingon' is unknown"),
     "declarations-differ": (
         record(ask="reasoning language: German", reasoning_language="fr"),
@@ -174,36 +177,6 @@ def test_exact_duplicates_are_named_by_their_first(find: Callable[..., Report]) 
     ((_, _, found),) = report.log.by_kind()
     assert [finding.place.rsplit(":", 1)[1] for finding in found] == ["3", "5"]
     assert all("data.jsonl:1, token by token" in finding.message for finding in found)
-
-
-@pytest.mark.parametrize(
-    "letters", ["abcdefghijklmnopqrstuvwxyz  ", "天地玄黄宇宙洪荒日月盈昃辰宿列張寒来暑往秋収冬蔵閏余成歳"]
-)
-def test_near_duplicates(letters: str) -> None:
-    draw = random.Random(5)
-    texts = ["".join(draw.choices(letters, k=400)) for _ in range(50)]
-    changed = f"{texts[7][:200]}Z{texts[7][201:]}"
-    index = DuplicateIndex()
-    for number, text in enumerate([*texts, changed]):
-        index.add([number], text)
-    (pair,) = index.find()
-    assert (pair.later, pair.earlier, pair.exact) == (50, 7, False)
-    assert pair.similarity == pytest.approx(0.975, abs=0.05)
-
-
-def test_near_duplicates_have_the_words_in_common_not_the_words_of_a_template() -> None:
-    index = DuplicateIndex()
-    for number, animal in enumerate(["hedgehog", "crocodile", "albatross"]):
-        index.add([number], f"How many legs does a {animal} have? The {animal} is known to me: I count its legs.")
-    assert index.find() == []
-
-
-def test_signature_sees_neither_case_nor_white_space_and_takes_any_text() -> None:
-    (bands, bits), (same_bands, same_bits) = signature("Le  ciel\n est bleu."), signature("le ciel est BLEU. ")
-    assert np.array_equal(bands, same_bands)
-    assert np.array_equal(bits, same_bits)
-    assert len(shingles("")) == len(shingles("abc")) == 1
-    assert len(shingles("".join(map(chr, range(0x4E00, 0x6E00))))) == 1024
 
 
 def test_figures_against_a_count_by_hand(find: Callable[..., Report], codec: Codec) -> None:

@@ -5,9 +5,9 @@ Exact: equal 64-bit digests of the rendered tokens. Near: MinHash (Broder 1997) 
 10 minima (LSH); they are judged by the similarity that 256 one-bit minima estimate (Li & König 2010, b-bit minwise
 hashing).
 
-Precision: the estimate has a standard error of 0.02 at a Jaccard similarity of 0.95, 0.03 at 0.9 and 0.04 at 0.8. With
-the threshold of 0.9, pairs of 0.95 are found in 97 of 100 cases, of 0.9 in about half, of 0.85 in 6 of 100, of 0.8 in
-fewer than 1, and of 0.75 and less not once in 1500 trials. Each text is compared to the first of its band and to the
+Precision: the estimate of a similarity J has the standard error 2·sqrt(p·(1-p)/256) with p = (1+J)/2: 0.02 at 0.95,
+0.03 at 0.9, 0.04 at 0.8. With the threshold of 0.9 nearly all pairs of 0.95 are found, about half of those of 0.9, and
+hardly any of 0.8 (test_duplicates.py counts them). Each text is compared to the first of its band and to the
 one before it, so that a cluster of k texts costs 2k comparisons, and is reported as k - 1 duplicates of earlier texts.
 """
 

@@ -57,6 +57,11 @@ ANSWER_IS_THINKING = _warning("answer-is-thinking", "answer equals thinking", "s
 ANSWER_LANGUAGE = _warning(
     "answer-language", "answer in another language than the question", "check it: no instruction asks for the change"
 )
+THINKING_LANGUAGE = _warning(
+    "thinking-language",
+    "thinking in another language than the answer",
+    "declare the reasoning language, or check it: nothing asks for the difference",
+)
 UNKNOWN_LANGUAGE = _warning(
     "unknown-language", "declared language is unknown", "name a language of the catalogue, or its BCP-47 tag"
 )
@@ -81,6 +86,7 @@ KINDS = (
     EMPTY_ANSWER,
     ANSWER_IS_THINKING,
     ANSWER_LANGUAGE,
+    THINKING_LANGUAGE,
     UNKNOWN_LANGUAGE,
     DECLARATIONS_DIFFER,
     EXACT_DUPLICATE,

@@ -166,6 +166,19 @@ def _language_of_answer(sample: Sample) -> Iterator[Finding]:
         yield Finding(findings.ANSWER_LANGUAGE, str(sample.place), text, excerpt(turn.answer))
 
 
+def _language_beside_answer(sample: Sample) -> Iterator[Finding]:
+    """A declared reasoning language may differ from the answer's: that is what it is for."""
+    for turn in sample.turns:
+        thought, answered = turn.thinking_language, turn.answer_language
+        if turn.declared or UNDETERMINED in (thought, answered) or thought == answered:
+            continue
+        letters = min(count_letters(turn.thinking), count_letters(turn.answer))
+        if letters < LETTERS_TO_COMPARE or _names_a_language(sample, turn):
+            continue
+        text = f"the thinking reads as {name(thought)}, the answer as {name(answered)}, and no language is declared"
+        yield Finding(findings.THINKING_LANGUAGE, str(sample.place), text, excerpt(turn.thinking))
+
+
 def _is_declared(sample: Sample, answered: str) -> bool:
     return sample.fields.get("language") == answered
 
@@ -192,5 +205,6 @@ _RULES: tuple[Callable[[Sample], Iterator[Finding]], ...] = (
     _language_of_thinking,
     _answers,
     _language_of_answer,
+    _language_beside_answer,
 )
 _RULES_WITH_SETTINGS: tuple[Callable[[Sample, Rules], Iterator[Finding]], ...] = (_control_tokens, _length, _thinking)
