@@ -52,11 +52,34 @@ class ModelConfig(Config):
     path: Annotated[str, AfterValidator(_folder_or_hub_id)]
     """checkpoint folder in Hugging Face layout (MXFP4 or bf16 experts), or a hub id"""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """precision of the base weights in memory; packed experts are dequantised to it on load"""
-    attention: Literal["eager", "flex_attention"] = "eager"
-    """attention implementation of transformers; flex_attention needs a GPU"""
-    experts: Literal["eager", "grouped_mm"] = "eager"
-    """experts implementation of transformers; grouped_mm needs bf16 or a GPU"""
+    """precision of the arithmetic, and of all weights but packed experts"""
+    base_precision: Literal["mxfp4", "bf16", "fp32"] = "mxfp4"
+    """how the experts' frozen weights lie in memory: mxfp4 keeps four bits a weight and dequantises a layer at a time
+    (experts stored in bf16 are quantised on load); bf16 and fp32, which must equal `precision`, dequantise on load"""
+    attention: Literal["auto", "eager", "flex_attention", "flash_attention_3"] = "auto"
+    """auto is flex_attention on a GPU and eager on a CPU; flash_attention_3 needs the package kernels and its kernel"""
+    experts: Literal["grouped_lora", "grouped_mm", "eager"] = "grouped_lora"
+    """grouped_lora is Raysoner's own: it never builds a merged weight; the others are transformers', and need
+    base_precision = precision"""
+    kernels: bool = False
+    """replace layers by kernels of the hub where the package kernels has them (transformers' use_kernels: MegaBlocks
+    experts, RMSNorm); not with adapters on experts, which those kernels would leave out"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile on each decoder layer; auto is on with a GPU and off on a CPU"""
+
+    @model_validator(mode="after")
+    def _experts_fit_the_base(self) -> ModelConfig:
+        if self.base_precision == "mxfp4":
+            if self.experts != "grouped_lora":
+                raise ValueError(
+                    f'experts = "{self.experts}" cannot multiply packed weights; set base_precision = '
+                    f'"{self.precision}", or experts = "grouped_lora"'
+                )
+        elif self.base_precision != self.precision:
+            raise ValueError(
+                f'base_precision = "{self.base_precision}" must be "mxfp4" or equal precision = "{self.precision}"'
+            )
+        return self
 
 
 class ColumnsConfig(Config):
@@ -127,8 +150,10 @@ class LoraConfig(Config):
     """rank r of each adapter"""
     alpha: PositiveFloat = 16.0
     """scale numerator: the adapter's output is multiplied by alpha / rank"""
+    rslora: bool = False
+    """scale by alpha / √rank instead of alpha / rank (Kalajdzievski 2023, arXiv:2312.03732)"""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """dropout before the adapter; PEFT refuses it on expert parameters, so it needs expert_layers = []"""
+    """share of an adapter's inputs that is zeroed in training"""
     attention: bool = True
     """adapt q_proj, k_proj, v_proj and o_proj of every layer"""
     expert_layers: Annotated[Literal["all"] | tuple[NonNegativeInt, ...], BeforeValidator(_unwrap_word)] = "all"
@@ -138,8 +163,6 @@ class LoraConfig(Config):
     def _adapts_something(self) -> LoraConfig:
         if not self.attention and self.expert_layers == ():
             raise ValueError("nothing would be trained; set attention = true or name expert_layers")
-        if self.dropout and self.expert_layers != ():
-            raise ValueError("dropout must be 0 while expert_layers are adapted: PEFT refuses it on expert parameters")
         return self
 
 
@@ -165,8 +188,21 @@ class BatchConfig(Config):
     """rows of up to data.sequence_length tokens in one forward and backward pass of one worker"""
     accumulation_steps: PositiveInt = 4
     """passes before the optimizer steps"""
-    gradient_checkpointing: bool = True
-    """recompute activations in the backward pass: less memory, about a third more time"""
+    activation_checkpointing: Literal["auto", "none", "experts", "full"] = "auto"
+    """what the backward pass computes again instead of keeping it: nothing, the experts' inner activations, or whole
+    layers; auto takes the first of the three that fits the GPU's memory by arithmetic, and none on a CPU"""
+    activation_offload: bool = False
+    """keep activations in host memory between forward and backward pass"""
+
+
+class LossConfig(Config):
+    """What is minimised beside the negative log-likelihood of the trained tokens, and how it is computed."""
+
+    router_balance: NonNegativeFloat = 0.0
+    """coefficient of the load balancing loss (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6); the router is
+    frozen, so it reaches the adapters alone"""
+    chunk_tokens: PositiveInt = 2048
+    """tokens whose logits over the whole vocabulary are in memory at once"""
 
 
 class WorkersConfig(Config):
@@ -214,9 +250,23 @@ class TrainingConfig(Config):
     data: DataConfig = DataConfig()
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
     batch: BatchConfig = BatchConfig()
     workers: WorkersConfig = WorkersConfig()
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _experts_can_be_adapted(self) -> TrainingConfig:
+        if self.lora.expert_layers == ():
+            return self
+        if self.lora.dropout and self.model.experts != "grouped_lora":
+            raise ValueError('lora.dropout must be 0 on experts unless model.experts = "grouped_lora"')
+        if self.model.kernels:
+            raise ValueError(
+                "model.kernels replaces the experts' layer and would leave their adapters out; set it to "
+                "false, or lora.expert_layers = []"
+            )
+        return self
 
     @property
     def global_batch_size(self) -> int:

@@ -79,7 +79,7 @@ def trainer_arguments(config: TrainingConfig, output: str, *, evaluate: bool) ->
         per_device_train_batch_size=batch.micro_batch_size,
         per_device_eval_batch_size=batch.micro_batch_size,
         gradient_accumulation_steps=batch.accumulation_steps,
-        gradient_checkpointing=batch.gradient_checkpointing,
+        gradient_checkpointing=batch.activation_checkpointing == "full",
         learning_rate=optimizer.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": optimizer.minimum_rate},
