@@ -1,14 +1,15 @@
-"""What gpt-oss is made of: shapes, tensor names, parameter counts and LoRA targets. No torch.
+"""What gpt-oss is made of: shapes, tensor names, parameter and FLOP counts, LoRA targets. No torch.
 
 Source: https://arxiv.org/abs/2508.10925 (gpt-oss model card) and the `config.json` of openai/gpt-oss-20b.
+Bytes are counted in `memory.py`.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
@@ -16,6 +17,12 @@ EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 
 MXFP4_BITS = 4.25
 """bits a weight: four, and eight of scale for each block of 32"""
+
+SLIDING_WINDOW = 128
+"""tokens that a query of a sliding layer sees, itself among them; every second layer slides, the first does"""
+
+Checkpointing = Literal["none", "experts", "full"]
+"""what the backward pass computes again: nothing, the experts' pre-activations, or whole layers"""
 
 
 @dataclass(frozen=True)
@@ -108,3 +115,81 @@ class ModelShape:
             stored = ("_blocks", "_scales", "_bias") if self.packed else ("", "_bias")
             suffixes += [f"mlp.experts.{parameter}{part}" for part in stored]
         return names | {f"model.layers.{n}.{suffix}" for n in range(self.num_hidden_layers) for suffix in suffixes}
+
+    def flops_per_token(
+        self, rank: int, attention: bool, expert_layers: int, document_tokens: int, trained_share: float = 1.0
+    ) -> float:
+        """Floating-point operations that one token of a training step cannot do without; the M of MFU.
+
+        A multiplication and an addition count as two, as in Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appendix
+        B), where a trained weight takes six a token: two forward, two for the gradient of its input and two for its
+        own. A frozen weight takes four, an adapter's weight six. Scores and their products with values take three
+        times their forward pass. Left out, as there: what is recomputed, norms, softmax and other elementwise work.
+        The first layer counts as the others, though nothing below it is trained.
+
+        Args:
+            rank: of the adapters.
+            attention: the attention linears are adapted.
+            expert_layers: layers whose experts are adapted.
+            document_tokens: mean length of a document; attention does not look beyond it.
+            trained_share: share of all tokens that carry loss; the head multiplies no other.
+        """
+        active = replace(self, num_local_experts=self.num_experts_per_tok)
+        adapters = active.lora_parameters(rank, attention, expert_layers)
+        head = self.vocab_size * self.hidden_size * trained_share
+        frozen = self.num_hidden_layers * self._layer_weights + head
+        return 4.0 * frozen + 6.0 * adapters + 3.0 * self._score_flops(document_tokens)
+
+    def recomputed_flops_per_token(
+        self, checkpointing: Checkpointing, rank: int, attention: bool, expert_layers: int, document_tokens: int
+    ) -> float:
+        """Operations a token that the backward pass repeats; with `flops_per_token` they make the H of HFU.
+
+        The two ratios are told apart in Korthikanti et al. 2022 (arXiv:2205.05198, section 6). "experts" repeats the
+        gate_up product, "full" the forward pass of all layers. Arguments as in `flops_per_token`.
+        """
+        active = replace(self, num_local_experts=self.num_experts_per_tok)
+        if checkpointing == "experts":
+            gate_up = 2 * self.hidden_size * self.intermediate_size * self.num_experts_per_tok
+            factors = rank * self.num_experts_per_tok * (self.hidden_size + 2 * self.intermediate_size)
+            return 2.0 * (self.num_hidden_layers * gate_up + expert_layers * factors)
+        if checkpointing == "full":
+            adapters = active.lora_parameters(rank, attention, expert_layers)
+            layers = self.num_hidden_layers * self._layer_weights
+            return 2.0 * (layers + adapters) + self._score_flops(document_tokens)
+        return 0.0
+
+    @property
+    def _layer_weights(self) -> int:
+        """Frozen weights of a layer that multiply one token: attention linears, router and the token's experts."""
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        attention = self.hidden_size * (2 * queries + 2 * keys)
+        experts = self.num_experts_per_tok * 3 * self.hidden_size * self.intermediate_size
+        return attention + self.hidden_size * self.num_local_experts + experts
+
+    def _score_flops(self, document_tokens: int) -> float:
+        """Operations a token of all layers' scores and of their products with values, forward, masked ones left out."""
+        window = min(SLIDING_WINDOW, document_tokens)
+        full = (document_tokens + 1) / 2
+        sliding = (window * (window + 1) / 2 + (document_tokens - window) * window) / document_tokens
+        sliding_layers = (self.num_hidden_layers + 1) // 2
+        seen = sliding_layers * sliding + (self.num_hidden_layers - sliding_layers) * full
+        return 4.0 * self.num_attention_heads * self.head_dim * seen
+
+
+GPT_OSS_20B = ModelShape(
+    vocab_size=201_088,
+    hidden_size=2880,
+    intermediate_size=2880,
+    num_hidden_layers=24,
+    num_local_experts=32,
+    num_experts_per_tok=4,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    head_dim=64,
+    packed=True,
+)
+"""openai/gpt-oss-20b: 20.9 B parameters, 3.6 B active"""
+
+GPT_OSS_120B = replace(GPT_OSS_20B, num_hidden_layers=36, num_local_experts=128)
+"""openai/gpt-oss-120b: 116.8 B parameters, 5.1 B active"""

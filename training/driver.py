@@ -26,8 +26,13 @@ from training.data.prepare import prepare, read_prepared
 from training.worker import train_loop
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
-WORKER_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "TOKENIZERS_PARALLELISM": "false"}
-"""with Ray's print patch every line of a worker reaches the driver twice"""
+WORKER_ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
+"""with Ray's print patch every line of a worker reaches the driver twice; expandable segments keep the allocator from
+losing memory between the large matrices that come and go in each layer"""
 PACKAGES = ("ray", "torch", "transformers", "trl", "peft")
 RESUMABLE = frozenset(
     {("run", "logging_steps"), ("run", "keep_checkpoints"), ("run", "tracker"), ("workers", "retries")}

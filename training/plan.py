@@ -10,16 +10,17 @@ from pathlib import Path
 from cluster.artifacts import ArtifactError, check_checkpoint
 from cluster.config import ConfigError
 from cluster.harmony import Codec
+from cluster.memory import size
 from cluster.model import ModelShape
 from training.config import TrainingConfig
 from training.data.documents import Counts, require_documents, require_trained_tokens
 from training.data.names import is_hub_id
 from training.data.prepare import PART_BYTES, packed_rows
 from training.data.sources import parts
+from training.memory import MARGIN, MODES, memory_of, needed_bytes, trainable_parameters
 
 OPTIONAL_TRACKERS = ("trackio", "wandb", "mlflow")
 """trackers whose package, of the same name, this project does not install"""
-BYTES = {"bf16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ class Plan:
             f"{workers.count} workers = {config.global_batch_size} rows a step",
         ]
         if self.shape:
-            weights = self.shape.parameters * BYTES[config.model.precision] / 2**30
             lines.append(
                 f"model     {config.model.path}: {self.shape.parameters / 1e6:,.1f} M parameters, "
-                f"{self.shape.active_parameters / 1e6:,.1f} M active, {weights:.2f} GiB a worker in "
-                f"{config.model.precision}"
+                f"{self.shape.active_parameters / 1e6:,.1f} M active, experts in {config.model.base_precision}, "
+                f"the rest in {config.model.precision}"
             )
+            lines += _memory_lines(config, self.shape)
         else:
             lines.append(f"model     {config.model.path}, fetched from the hub by the workers")
         if self.trainable_parameters:
@@ -94,7 +95,7 @@ def make_plan(config: TrainingConfig) -> Plan:
         _count(config, config.data.evaluation, codec)
     data, rows = _count(config, config.data.train, codec)
     steps = config.run.maximum_steps if rows is None else _steps(config, rows)
-    return Plan(config, data, rows, steps, shape, _trainable(config, shape))
+    return Plan(config, data, rows, steps, shape, trainable_parameters(config, shape))
 
 
 def _count(config: TrainingConfig, path: str, codec: Codec) -> tuple[Counts | None, int | None]:
@@ -127,11 +128,14 @@ def _steps(config: TrainingConfig, rows: int) -> int:
     return config.run.maximum_steps or math.ceil(per_epoch * config.run.epochs)
 
 
-def _trainable(config: TrainingConfig, shape: ModelShape) -> int:
-    layers = config.lora.expert_layers
-    beyond = [layer for layer in layers if layers != "all" and int(layer) >= shape.num_hidden_layers]
-    if beyond:
-        last = shape.num_hidden_layers - 1
-        raise ConfigError(f"lora.expert_layers names layer {beyond[0]}, and {config.model.path} has layers 0 to {last}")
-    count = shape.num_hidden_layers if layers == "all" else len(layers)
-    return shape.lora_parameters(config.lora.rank, config.lora.attention, count)
+def _memory_lines(config: TrainingConfig, shape: ModelShape) -> list[str]:
+    """What a worker's device must hold, by arithmetic. Which GPU it will have, the driver cannot know."""
+    chosen = config.batch.activation_checkpointing
+    decided = chosen if chosen != "auto" else "none" if config.workers.gpus == 0 else None
+    mode = decided or MODES[0]
+    parts = f"          with {mode}: {memory_of(config, shape, mode)}"
+    needs = {mode: size(needed_bytes(config, shape, mode)) for mode in MODES}
+    if decided:
+        return [f"memory    a worker needs {needs[decided]} for model and step, with a margin of {MARGIN:.0%}", parts]
+    offers = ", ".join(f"{need} with {mode}" for mode, need in needs.items())
+    return [f"memory    a worker needs {offers}: activation_checkpointing auto takes the first that its GPU has", parts]

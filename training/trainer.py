@@ -1,34 +1,198 @@
-"""TRL's trainer, with a weight for each token's loss."""
+"""TRL's trainer, with a loss over exactly the trained tokens of a step, each with its weight."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
+from transformers.models.gpt_oss.modeling_gpt_oss import load_balancing_loss_func
 from trl import SFTTrainer
+
+from training.data.collator import IGNORED
+from training.modeling.loss import weighted_nll
 
 
 class WeightedTrainer(SFTTrainer):
-    """SFTTrainer whose batches may carry `loss_weights` [B, T].
+    """SFTTrainer whose loss is Σ weight · negative log-likelihood / number of trained tokens, in nats.
 
-    The loss is Σ weight · negative log-likelihood, divided by the number of trained tokens of the whole batch on all
-    workers: doubling every weight doubles the loss.
+    Both go over all rows of an optimizer step, whatever micro-batch, accumulation and worker they fall to, so the
+    gradients of 1 × 8 rows are those of 8 × 1. Batches are the `Collator`'s; weights that are missing are 1, and
+    doubling every weight doubles the loss. A token that begins a document carries no label and is never predicted from
+    the document before it.
+
+    In evaluation the loss is the same mean over the whole held-out set, where transformers averages the means of
+    batches, and holds no balancing loss. The log has TRL's `mean_token_accuracy`, `num_tokens` (tokens of the rows that
+    went through the model, padding included, since this process began) and `aux_loss` (the balancing loss before its
+    coefficient), but no entropy; workers add up their figures when a line is logged, and not before.
+
+    Args:
+        arguments: as SFTTrainer's. The model is a gpt-oss whose head is frozen, as `peft_config` makes it.
+        chunk_tokens: trained tokens whose logits over the whole vocabulary are in memory at once.
+        router_balance: coefficient of the load balancing loss (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6),
+            computed for each micro-batch without its padding and averaged over the micro-batches of a step. At 0 no
+            router logits are asked for.
+        keywords: as SFTTrainer's.
+
+    Raises:
+        ValueError: the arguments ask for a loss of TRL's or transformers'.
     """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *arguments: Any, chunk_tokens: int = 2048, router_balance: float = 0.0, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.chunk_tokens = chunk_tokens
+        self.router_balance = router_balance
+        self._training, self._evaluation = _Sums(), _Sums()
+        self._tokens_before = 0
+        self._refuse_other_losses()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """As SFTTrainer's; token t of `loss_weights` weighs the prediction of token t from those before it."""
-        weights = inputs.pop("loss_weights", None)
-        weighed = model if weights is None else _weigh(model, weights)
-        return super().compute_loss(weighed, inputs, return_outputs, num_items_in_batch)
+    ) -> torch.Tensor:
+        """This worker's part of the loss, fp32 [].
+
+        Args:
+            model: perhaps wrapped, for data parallelism or by PEFT.
+            inputs: `input_ids`, `labels`, `position_ids` and perhaps `loss_weights`, each [B, T]; token t of the
+                latter weighs the prediction of token t from those before it.
+            return_outputs: must be False.
+            num_items_in_batch: trained tokens of the step over all workers, as transformers counts them: labels from
+                the second column on, for none can be predicted without a token before it. Without it the loss is
+                the mean over these inputs.
+
+        Raises:
+            NotImplementedError: `return_outputs` is set.
+        """
+        if return_outputs:
+            raise NotImplementedError("logits are never whole, so there are none for compute_metrics; leave it unset")
+        labels = inputs["labels"] if model.training else self._without_repeated_rows(inputs["labels"])
+        balanced = model.training and self.router_balance > 0
+        fed = {name: inputs[name] for name in inputs if name not in ("labels", "loss_weights")}
+        # The one wait for the device, for the number of tokens; each token is predicted at the place before its own.
+        places = pad(labels[:, 1:] != IGNORED, (0, 1)).flatten().nonzero().squeeze(1)
+        with _taking_head_input(self.model.get_output_embeddings()) as taken:
+            outputs = model(**fed, use_cache=False, output_router_logits=balanced)
+        hidden = taken[0].flatten(0, 1).index_select(0, places)
+        weights = inputs.get("loss_weights")
+        loss, hits = weighted_nll(
+            hidden,
+            self.model.get_output_embeddings().weight,
+            labels.flatten()[places + 1],
+            torch.ones_like(places, dtype=torch.float32) if weights is None else weights.flatten()[places + 1],
+            self.chunk_tokens,
+            scale=self._scale(len(places), num_items_in_batch),
+        )
+        sums = self._training if model.training else self._evaluation
+        sums.add(hits=hits, trained=len(places), tokens=labels.numel())
+        if not model.training:
+            sums.add(nll=loss.detach().double() * len(places))
+        if balanced:
+            balance = self._balancing_loss(outputs.router_logits, inputs)
+            sums.add(balance=balance.detach(), batches=1)
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_balance / steps * balance
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As transformers', with the figures since the last line of training, over all workers."""
+        if self.model.training and (figures := self._training.take(self.accelerator)):
+            self._tokens_before += int(figures["tokens"])
+            logs["mean_token_accuracy"] = figures["hits"] / max(1, figures["trained"])
+            logs["num_tokens"] = self._tokens_before
+            if self.router_balance > 0:
+                logs["aux_loss"] = figures["balance"] / figures["batches"]
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **keywords: Any) -> Any:
+        """As transformers', with each trained token counted once and alike."""
+        output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **keywords)
+        if figures := self._evaluation.take(self.accelerator):
+            trained = max(1, figures["trained"])
+            output.metrics[f"{metric_key_prefix}_loss"] = figures["nll"] / trained
+            output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = figures["hits"] / trained
+        return output
+
+    def _refuse_other_losses(self) -> None:
+        asked = {
+            "compute_loss_func": (self.compute_loss_func, None),
+            "router_aux_loss_coef": (self.args.router_aux_loss_coef, 0.0),
+            "label_smoothing_factor": (self.args.label_smoothing_factor, 0.0),
+            "loss_type": (self.args.loss_type, "nll"),
+            "average_tokens_across_devices": (self.args.average_tokens_across_devices, True),
+        }
+        for name, (value, only) in asked.items():
+            if value != only:
+                raise ValueError(f"WeightedTrainer computes the loss itself; set {name} to {only!r}, not {value!r}")
+
+    def _scale(self, trained: int, items: torch.Tensor | int | None) -> float | torch.Tensor:
+        """One over the mean's number of tokens; times the workers, over whose gradients DDP takes the mean."""
+        if items is None:
+            return 1 / max(1, trained)
+        workers: int = self.accelerator.num_processes // self.get_tp_size()
+        return workers / torch.as_tensor(items).clamp(min=1)
+
+    def _without_repeated_rows(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels [B, T] without those of the rows that accelerate repeats, so that each worker has as many."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return labels
+        kept = max(0, state.remainder - self.accelerator.process_index * len(labels))
+        return torch.cat((labels[:kept], torch.full_like(labels[kept:], IGNORED)))
+
+    def _balancing_loss(self, router_logits: tuple[torch.Tensor, ...], inputs: dict[str, Any]) -> torch.Tensor:
+        shape = self.model.config
+        balance: torch.Tensor = load_balancing_loss_func(
+            router_logits, shape.num_local_experts, shape.num_experts_per_tok, _padding_mask(inputs)
+        )
+        return balance
 
 
-def _weigh(model: Any, weights: torch.Tensor) -> Callable[..., Any]:
-    def forward(**inputs: Any) -> Any:
-        outputs = model(**inputs)
-        outputs.log_probs = outputs.log_probs * weights[:, 1:]
-        return outputs
+@contextmanager
+def _taking_head_input(head: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Within, `head` hands over the hidden states [B, T, H] it is called with, and projects none of them.
 
-    return forward
+    The model is called as ever, through every wrapper, which data parallelism needs, and the hook is gone afterwards:
+    generation and the names of parameters are as they were.
+    """
+    taken: list[torch.Tensor] = []
+
+    def take(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        taken.append(arguments[0])
+        return (arguments[0][:, :0],)
+
+    handle = head.register_forward_pre_hook(take)
+    try:
+        yield taken
+    finally:
+        handle.remove()
+
+
+def _padding_mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """int64 [B, T]: 0 in the padding, which is a last segment of one repeated token without labels; else 1."""
+    tokens, starts = inputs["input_ids"], (inputs["position_ids"] == 0).long()
+    last = starts.flip(1).cumsum(1).flip(1) == starts
+    written = (tokens != tokens[:, -1:]) | (inputs["labels"] != IGNORED)
+    return (~last | (last & written).any(dim=1, keepdim=True)).long()
+
+
+class _Sums:
+    """Figures of this worker by name; those that are tensors stay on the device until they are taken."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+    def add(self, **values: torch.Tensor | int) -> None:
+        for name, value in values.items():
+            self.values[name] = self.values.get(name, 0) + value
+
+    def take(self, accelerator: Any) -> dict[str, float]:
+        """Totals over all workers; then the sums begin again. Nothing, and no exchange, if nothing was added."""
+        values, self.values = self.values, {}
+        if not values:
+            return {}
+        own = [torch.as_tensor(value, dtype=torch.float64, device=accelerator.device) for value in values.values()]
+        return dict(zip(values, accelerator.reduce(torch.stack(own), "sum").tolist(), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 import warnings
@@ -16,12 +17,14 @@ from transformers import AutoTokenizer, PrinterCallback, set_seed
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from trl import SFTConfig
 
+from cluster.model import ModelShape
 from training.callbacks import CHECKPOINT_FOLDER, DidItTrain, Progress, RayReport
 from training.config import TrainingConfig
 from training.data.collator import Collator
 from training.data.prepare import read_prepared, shard_files
-from training.modeling.base import load_base, peft_config
-from training.modeling.isolation import isolate_documents
+from training.memory import choose_checkpointing
+from training.modeling.engine import build_model
+from training.modeling.loading import checkpoint_folder
 from training.trainer import WeightedTrainer
 
 
@@ -42,18 +45,23 @@ def train_loop(raw: dict[str, Any]) -> None:
     if not use_gpu:
         torch.set_num_threads(config.workers.cpus)
     set_seed(config.run.seed)
-    model = load_base(config.model, device)
-    isolate_documents(model)
+    shape = ModelShape.from_folder(checkpoint_folder(config.model.path))
+    memory = torch.cuda.get_device_properties(device).total_memory if use_gpu else None
+    checkpointing, reason = choose_checkpointing(config, shape, memory)
+    if ray.train.get_context().get_world_rank() == 0:
+        print(f"activation checkpointing {reason}", flush=True)
+    model = build_model(config, device, checkpointing)
     evaluation_rows = read_shards(raw["evaluation"]) if raw["evaluation"] else None
     with tempfile.TemporaryDirectory(prefix="raysoner-") as output:
         trainer = WeightedTrainer(
             model=model,
             args=trainer_arguments(config, output, evaluate=evaluation_rows is not None),
-            data_collator=Collator(config.data.loss_weights),
+            data_collator=Collator(config.data.loss_weights, multiple=row_multiple(config)),
             train_dataset=read_shards(raw["train"]),
             eval_dataset=evaluation_rows,
             processing_class=AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=False),
-            peft_config=peft_config(config.lora, model.config.num_hidden_layers),
+            chunk_tokens=config.loss.chunk_tokens,
+            router_balance=config.loss.router_balance,
             callbacks=[RayReport(), Progress(_tokens_per_step(config, raw["train"])), DidItTrain()],
         )
         trainer.remove_callback(PrinterCallback)
@@ -63,6 +71,15 @@ def train_loop(raw: dict[str, Any]) -> None:
             return
         with checkpoint.as_directory() as folder:
             trainer.train(resume_from_checkpoint=str(Path(folder) / CHECKPOINT_FOLDER))
+
+
+def row_multiple(config: TrainingConfig) -> int:
+    """Lengths that batches are padded to. On a GPU layers are compiled for each length: one where rows are packed,
+    else four, of which each is a multiple of flex attention's block."""
+    if config.workers.gpus == 0:
+        return 1
+    share = config.data.sequence_length if config.data.packing else config.data.sequence_length / 4
+    return math.ceil(share / 128) * 128
 
 
 def trainer_arguments(config: TrainingConfig, output: str, *, evaluate: bool) -> SFTConfig:
@@ -79,7 +96,8 @@ def trainer_arguments(config: TrainingConfig, output: str, *, evaluate: bool) ->
         per_device_train_batch_size=batch.micro_batch_size,
         per_device_eval_batch_size=batch.micro_batch_size,
         gradient_accumulation_steps=batch.accumulation_steps,
-        gradient_checkpointing=batch.activation_checkpointing == "full",
+        gradient_checkpointing=False,  # the model sees to it: training.modeling.engine
+        activation_offloading=batch.activation_offload,
         learning_rate=optimizer.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": optimizer.minimum_rate},

@@ -42,7 +42,10 @@ def describe_device() -> str:
 
 
 def _commit() -> str:
-    """The checked-out commit; `+` when files other than results differ from it."""
+    """The checked-out commit, or `RAYSONER_COMMIT` where there is no repository; `+` when files other than results
+    differ from it."""
+    if given := os.environ.get("RAYSONER_COMMIT"):
+        return given
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     changed = subprocess.run(
         ["git", "status", "--porcelain", "--", ".", f":!{RESULTS}"], capture_output=True, text=True, check=True

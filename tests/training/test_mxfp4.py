@@ -120,6 +120,14 @@ def test_bf16_weights_are_quantised_as_their_values() -> None:
         assert torch.equal(ours, expected)
 
 
+def test_experts_are_quantised_each_for_itself() -> None:
+    """So that they may be quantised one after another."""
+    weights = torch.randn(3, 64, 5, generator=torch.Generator().manual_seed(9))
+    apart = [quantise(weights[expert : expert + 1]) for expert in range(3)]
+    for whole, parts in zip(quantise(weights), zip(*apart, strict=True), strict=True):
+        assert torch.equal(whole, torch.cat(parts))
+
+
 def test_ties_go_to_the_even_code() -> None:
     """Between neighbours of codes 0 … 7, with 6 in the block to hold the scale at 1."""
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])

@@ -15,7 +15,7 @@ IGNORED = -100
 
 
 class Collator:
-    """Makes batches of B rows, T the longest of them.
+    """Makes batches of B rows, T the longest of them, up to the next multiple of `multiple`.
 
     `input_ids` [B, T], `labels` [B, T] (the token, or `IGNORED`) and `position_ids` [B, T], which begin at 0 with each
     document and with the padding. `loss_weights` [B, T] fp32 is there when a trained channel's weight is not 1. There
@@ -24,18 +24,21 @@ class Collator:
     Args:
         weights: of the loss, by channel; a channel that is missing or has weight 0 is not trained.
         padding_token: fills rows that are shorter than the longest; any token will do.
+        multiple: few different lengths, where each means another compilation.
     """
 
-    def __init__(self, weights: Mapping[str, float], padding_token: int = 0) -> None:
+    def __init__(self, weights: Mapping[str, float], padding_token: int = 0, multiple: int = 1) -> None:
         self.weight_of_label = np.zeros(max(Label) + 1, np.float32)
         for channel, weight in weights.items():
             self.weight_of_label[CHANNEL_LABELS[channel]] = weight
         self.weighted = any(weight not in (0, 1) for weight in weights.values())
         self.padding_token = padding_token
+        self.multiple = multiple
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """The batch of `rows`, each with `tokens`, `labels` and `lengths` as in a shard."""
-        shape = (len(rows), max(len(row["tokens"]) for row in rows))
+        longest = max(len(row["tokens"]) for row in rows)
+        shape = (len(rows), -(-longest // self.multiple) * self.multiple)
         tokens = np.full(shape, self.padding_token, np.int64)
         targets = np.full(shape, IGNORED, np.int64)
         positions = np.zeros(shape, np.int64)

@@ -6,40 +6,51 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 
+import training.modeling.experts  # noqa: F401  (registers grouped_lora with transformers)
 from cluster.artifacts import check_checkpoint
 from cluster.model import ATTENTION_LINEARS, EXPERT_PARAMETERS
 from training.config import LoraConfig, ModelConfig
+from training.modeling.attention import implementation
+from training.modeling.loading import load_packed
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def load_base(config: ModelConfig, device: torch.device) -> PreTrainedModel:
-    """The base model on `device`, its experts dequantised to `config.precision` where the checkpoint packs them.
+def load_base(config: ModelConfig, device: torch.device) -> GptOssForCausalLM:
+    """The base model on `device`, in evaluation mode, its experts in memory as `config.base_precision` says.
+
+    With "mxfp4" they are `PackedExperts`, read by `loading.load_packed`; else the model is transformers' own, packed
+    experts dequantised on load.
 
     Raises:
-        ArtifactError: the folder lacks a shard or a tensor.
+        ArtifactError: the checkpoint lacks a file or a tensor, or one is of the wrong shape or corrupted.
+        ValueError: `config.kernels` is set and the experts are packed, or the package kernels is missing.
     """
-    if Path(config.path).is_dir():
-        check_checkpoint(config.path)
-    packed = getattr(AutoConfig.from_pretrained(config.path), "quantization_config", None) is not None
-    model = AutoModelForCausalLM.from_pretrained(
-        config.path,
-        dtype=DTYPES[config.precision],
-        attn_implementation=config.attention,
-        experts_implementation=config.experts,
-        quantization_config=Mxfp4Config(dequantize=True) if packed else None,
-        device_map=device if device.type == "cuda" else None,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
+    if config.base_precision == "mxfp4":
+        if config.kernels:
+            raise ValueError(
+                f'model.kernels cannot multiply packed experts; set model.base_precision = "{config.precision}", or '
+                "model.kernels = false"
+            )
+        model = load_packed(
+            config.path,
+            DTYPES[config.precision],
+            device,
+            attention=implementation(config.attention, device),
+            experts=config.experts,
+        )
+    else:
+        model = _load_dense(config, device)
     model.config.use_cache = False
     return model
 
 
 def peft_config(config: LoraConfig, layers: int) -> PeftLoraConfig:
     """PEFT's description of the adapters: attention linears by name, experts as `target_parameters`.
+
+    With experts among them its dropout is 0, for PEFT knows none there: `adapters.attach_adapters` sets it.
 
     Args:
         config: of the run.
@@ -56,8 +67,29 @@ def peft_config(config: LoraConfig, layers: int) -> PeftLoraConfig:
         task_type="CAUSAL_LM",
         r=config.rank,
         lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
+        lora_dropout=0.0 if chosen else config.dropout,
+        use_rslora=config.rslora,
         bias="none",
         target_modules=list(ATTENTION_LINEARS) if config.attention else [],
         target_parameters=[f"layers.{layer}.mlp.experts.{name}" for layer in chosen for name in EXPERT_PARAMETERS],
     )
+
+
+def _load_dense(config: ModelConfig, device: torch.device) -> GptOssForCausalLM:
+    if Path(config.path).is_dir():
+        check_checkpoint(config.path)
+    packed = getattr(AutoConfig.from_pretrained(config.path), "quantization_config", None) is not None
+    model = AutoModelForCausalLM.from_pretrained(
+        config.path,
+        dtype=DTYPES[config.precision],
+        attn_implementation=implementation(config.attention, device),
+        experts_implementation=config.experts,
+        quantization_config=Mxfp4Config(dequantize=True) if packed else None,
+        device_map=device if device.type == "cuda" else None,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    if config.kernels:
+        model.train().set_use_kernels(True)  # the mode picks kernels that have a backward pass
+        model.eval()
+    return model

@@ -15,6 +15,9 @@ BLOCK = 32
 SCALE_BIAS = 127
 """a stored scale byte s stands for 2^(s - 127)"""
 
+NAN_SCALE = 255
+"""the scale byte that stands for NaN; `dequantise`, like transformers, takes it for 2^128"""
+
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """E2M1 by code 0 … 15"""
 

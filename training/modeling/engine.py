@@ -1,0 +1,52 @@
+"""The model that a worker trains: base, adapters, and what makes both fast and small."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssExperts
+
+from training.config import TrainingConfig
+from training.modeling.adapters import attach_adapters
+from training.modeling.base import load_base
+from training.modeling.isolation import isolate_documents
+
+Checkpointing = Literal["none", "experts", "full"]
+
+
+def build_model(config: TrainingConfig, device: torch.device, checkpointing: Checkpointing) -> PeftModel:
+    """Load the base on `device`, put new adapters on it and prepare it for training.
+
+    Args:
+        config: of the run.
+        device: of this worker.
+        checkpointing: what the backward pass computes again; see `training.memory.choose_checkpointing`.
+
+    Raises:
+        ArtifactError: the checkpoint is incomplete or corrupted.
+        ValueError: the adapters name layers that the model does not have.
+    """
+    model = attach_adapters(load_base(config.model, device), config.lora)
+    compiled = config.model.compile == "on" or (config.model.compile == "auto" and device.type == "cuda")
+    prepare(model, checkpointing, compiled=compiled)
+    return model
+
+
+def prepare(model: PeftModel, checkpointing: Checkpointing, *, compiled: bool) -> None:
+    """Keep packed documents apart, and set what is recomputed and what is compiled.
+
+    Layers are compiled one by one, in place: the layers of one attention type share one compiled graph, and what is
+    cached on disk (TORCHINDUCTOR_CACHE_DIR) serves any number of layers and runs.
+    """
+    isolate_documents(model)
+    for module in model.modules():
+        if isinstance(module, GptOssExperts):
+            module.recompute = checkpointing == "experts"
+    if checkpointing == "full":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if compiled:
+        for module in model.modules():
+            if isinstance(module, GptOssDecoderLayer):
+                module.compile(dynamic=False)
