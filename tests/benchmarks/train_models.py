@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -164,20 +163,6 @@ def _fill(model: Any, config: GptOssConfig, device: torch.device) -> None:
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(0, 0.02, generator=generator)
-
-
-def profile(subject: Subject, batch: Batch, path: Path) -> None:
-    """Write a table of the kernels of one step, by time on the device."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
-
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    with profiler(activities=activities) as measured:
-        subject.loss(batch).backward()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    path.write_text(measured.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=110))
 
 
 def _dtype(device: torch.device) -> torch.dtype:

@@ -54,7 +54,7 @@ def main() -> int:
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """One row's figures, in this process."""
-    from tests.benchmarks import train_models
+    from tests.benchmarks import profiles, train_models
 
     started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,8 +96,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "build_seconds": round(built - started, 1),
         "seconds_to_first_step": round(first, 1),
     }
-    if options.profile:
-        train_models.profile(subject, next(batches), Path(options.profile))
+    if options.profile and name == "raysoner":
+        profiles.profile(subject, next(batches), options.chunk_tokens, Path(options.profile))
     return row
 
 
@@ -133,7 +133,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--profile", default="", help="file for a table of ours by kernel, after the measurement")
+    parser.add_argument("--profile", default="", help="JSON file for where our step's time goes")
     parser.add_argument("--keep-as", default="train_step", help="name of the result")
     parser.add_argument("--row", default="", help=argparse.SUPPRESS)
     return parser.parse_args()

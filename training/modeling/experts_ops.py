@@ -98,7 +98,8 @@ def experts(
         routing = sort_by_expert(chosen[part], gate_up.shape[0])
         inner = _up(layer, x[part], routing, start)[0]
         output[part] = _down(layer, inner, weights[part], routing, start)
-        kept.append(inner)
+        if not recompute:
+            kept.append(inner)
     return output, x.new_empty(0) if recompute else torch.cat(kept) if len(kept) > 1 else kept[0]
 
 
@@ -264,6 +265,11 @@ def _(*given: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    if any(ctx.needs_input_grad[3:9]):  # PEFT's own wrappers present merged weights, which get none from here
+        raise RuntimeError(
+            "the experts' weights require a gradient, and only adapters get one: freeze them, and put adapters on with "
+            "training.modeling.adapters.attach_adapters"
+        )
     *tensors, ctx.scales, ctx.gate, _ = inputs
     ctx.save_for_backward(output[1], *tensors)
     ctx.set_materialize_grads(False)

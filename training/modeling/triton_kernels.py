@@ -26,6 +26,8 @@ def _rows_of_program(ends, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, BLOCK
     here = numbers == expert
     first = tl.sum(tl.where(here, start + (program - through + tiles) * BLOCK, 0), 0)
     rows = first + tl.arange(0, BLOCK)
+    # A program that is left over has no rows, and reads its factors from the last expert.
+    expert = tl.minimum(expert, EXPERTS - 1)
     return rows.to(tl.int64), rows < tl.sum(tl.where(here, stop, 0), 0), expert.to(tl.int64)
 
 
