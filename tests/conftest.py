@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+
+# Triton looks at it when it is imported: without a GPU its kernels run in an interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from cluster.local import LocalRay, local_ray
 
@@ -67,8 +72,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """GPU tests are skipped without a GPU, and fail instead where one was promised."""
     if item.get_closest_marker("gpu") is None:
         return
-    import torch
-
     if not torch.cuda.is_available():
         if os.environ.get("REQUIRE_GPU") == "1":
             pytest.fail("REQUIRE_GPU=1, and there is no CUDA GPU")

@@ -15,7 +15,9 @@ RESULTS = Path("tests/benchmarks/results")
 PACKAGES = ("torch", "transformers", "trl", "peft", "ray")
 
 
-def keep(benchmark: str, model: str, device: str, command: str, rows: list[dict[str, Any]]) -> Path:
+def keep(
+    benchmark: str, model: str, device: str, command: str, rows: list[dict[str, Any]], folder: Path = RESULTS
+) -> Path:
     """Write `<benchmark>-<model>-<device>.json` and return its path. Each row has a `name` and its figures."""
     record = {
         "benchmark": benchmark,
@@ -26,7 +28,7 @@ def keep(benchmark: str, model: str, device: str, command: str, rows: list[dict[
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "rows": rows,
     }
-    path = RESULTS / f"{benchmark}-{model}-{device}.json"
+    path = folder / f"{benchmark}-{model}-{device}.json"
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return path
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import GptOssConfig
 
-from tests.benchmarks.record import keep
+from tests.benchmarks.record import RESULTS, keep
 
 ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 """as a run's workers have it"""
@@ -48,8 +48,8 @@ def main() -> int:
         print(json.dumps(rows[-1]), flush=True)
     device = _device_name()
     called = " ".join(["python -m tests.benchmarks.train_step", *sys.argv[1:]])
-    print(keep(options.keep_as, options.model, device, called, rows))
-    return 0
+    print(keep(options.keep_as, options.model, device, called, rows, Path(options.out)))
+    return 1 if any("not measured" in row for row in rows) else 0
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -135,6 +135,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--profile", default="", help="JSON file for where our step's time goes")
     parser.add_argument("--keep-as", default="train_step", help="name of the result")
+    parser.add_argument("--out", default=str(RESULTS), help="folder of the result")
     parser.add_argument("--row", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -12,6 +12,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, TrainerControl, Traine
 
 from training.callbacks import DidItTrain
 from training.config import LoraConfig, ModelConfig
+from training.modeling.adapters import attach_adapters
 from training.modeling.base import load_base, peft_config
 
 GUARD = DidItTrain()
@@ -150,7 +151,7 @@ def test_layer_out_of_range_is_named(chosen: tuple[int, ...], beyond: int) -> No
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_one_backward_reaches_every_adapter_of_the_demo(precision: str) -> None:
     config = ModelConfig.model_validate({"path": "training/demo/model", "precision": precision})
-    model = get_peft_model(load_base(config, torch.device("cpu")), peft_config(lora(expert_layers="all"), 6))
+    model = attach_adapters(load_base(config, torch.device("cpu")), lora(expert_layers="all"))
     tokens = torch.randint(0, 3000, (2, 32), generator=torch.Generator().manual_seed(1))
     model(input_ids=tokens, labels=tokens).loss.backward()
     call("on_pre_optimizer_step", 0, model=model)

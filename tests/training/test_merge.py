@@ -35,7 +35,8 @@ def _one_thread():  # type: ignore[no-untyped-def]
 
 
 def demo(precision: str = "fp32") -> Any:
-    return load_base(ModelConfig.model_validate({"path": str(DEMO), "precision": precision}), CPU)
+    config = {"path": str(DEMO), "precision": precision, "base_precision": precision, "experts": "eager"}
+    return load_base(ModelConfig.model_validate(config), CPU)
 
 
 def adapt(base: Any, folder: Path, *, seed: int = 0, scale: float = 0.05, change: Any = None, **lora: Any) -> PeftModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Mapping
@@ -369,6 +370,7 @@ def work(rank: int, port: int, folder: str) -> None:
     for micro_batch, accumulation in ((4, 1), (1, 4)):
         step = take_step(Path(folder), micro_batch, accumulation)
         torch.save(step._asdict(), Path(folder) / f"{micro_batch}-{rank}.pt")
+    gc.collect()  # a reducer that outlives its group can wait for it for ever
     torch.distributed.destroy_process_group()
 
 

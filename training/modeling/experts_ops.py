@@ -147,17 +147,18 @@ def experts_backward(
     parts = (gate_up, gate_up_scales, gate_up_bias, down, down_scales, down_bias)
     lora = (gate_up_a, gate_up_b, down_a, down_b)
     layer = Layer.of((*parts, *lora), seed, scales, gate, x.dtype)
-    of_x, of_weights = torch.empty_like(x), torch.empty_like(weights)
+    of_x, of_weights, top_k = torch.empty_like(x), torch.empty_like(weights), weights.shape[1]
     of_lora = [x.new_zeros(0) if factor is None else torch.zeros_like(factor) for factor in lora]
     for start in range(0, max(1, x.shape[0]), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
         routing = sort_by_expert(chosen[part], gate_up.shape[0])
-        inner = kept if kept.numel() else _up(layer, x[part], routing, start)[0]
+        rows = slice(start * top_k, (start + CHUNK_TOKENS) * top_k)
+        inner = kept[rows] if kept.numel() else _up(layer, x[part], routing, start)[0]
         of_inner, of_weights[part] = _down_backward(
             layer, gradient[part].contiguous(), inner, weights[part], routing, start, of_lora[2:]
         )
         del inner
-        of_x[part] = _up_backward(layer, of_inner, x[part], routing, start, of_lora[:2], weights.shape[1])
+        of_x[part] = _up_backward(layer, of_inner, x[part], routing, start, of_lora[:2], top_k)
         del of_inner
     return of_x, of_weights, of_lora[0], of_lora[1], of_lora[2], of_lora[3]
 

@@ -49,15 +49,16 @@ class Gate(NamedTuple):
         """[S, I] of `gate_up` [S, 2I], gate and up interleaved."""
         gate = gate_up[:, 0::2].clamp(max=self.limit)
         up = gate_up[:, 1::2].clamp(-self.limit, self.limit)
-        return (up + 1) * gate * torch.sigmoid(self.alpha * gate)
+        return (up + 1) * (gate * torch.sigmoid(self.alpha * gate))
 
     def backward(self, gate_up: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """[S, 2I]: the gradient of `gate_up` from that of the activation, [S, I]."""
         raw_gate, raw_up = gate_up[:, 0::2], gate_up[:, 1::2]
         gate, up = raw_gate.clamp(max=self.limit), raw_up.clamp(-self.limit, self.limit)
         sigmoid = torch.sigmoid(self.alpha * gate)
-        of_gate = gradient * (up + 1) * sigmoid * (1 + self.alpha * gate * (1 - sigmoid))
-        of_up = gradient * gate * sigmoid
+        swish = gate * sigmoid
+        of_gate = gradient * (up + 1) * (sigmoid + self.alpha * swish * (1 - sigmoid))
+        of_up = gradient * swish
         of_gate, of_up = of_gate * (raw_gate <= self.limit), of_up * (raw_up.abs() <= self.limit)
         return torch.stack((of_gate, of_up), -1).flatten(1)
 

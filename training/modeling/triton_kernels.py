@@ -103,7 +103,7 @@ def activate_kernel(
         gate, up = _load_pairs(gate_up, rows[:, None] * SIZE + columns[None, :], inside, PACKED)
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
-        inner = (up + 1.0) * gate * tl.sigmoid(alpha * gate) * weight[:, None]
+        inner = (up + 1.0) * (gate * tl.sigmoid(alpha * gate)) * weight[:, None]
         values = inner.to(out.dtype.element_ty)
         tl.store(out + rows[:, None] * out_row + columns[None, :], values, inside)
         if PROJECT:
@@ -149,7 +149,8 @@ def activate_backward_kernel(
         gate = tl.minimum(raw_gate, limit)
         up = tl.minimum(tl.maximum(raw_up, -limit), limit)
         sigmoid = tl.sigmoid(alpha * gate)
-        inner = (up + 1.0) * gate * sigmoid
+        swish = gate * sigmoid
+        inner = (up + 1.0) * swish
         values = (inner * weight[:, None]).to(out.dtype.element_ty)
         tl.store(out + rows[:, None] * out_row + columns[None, :], values, inside)
         if PROJECT:
@@ -162,9 +163,9 @@ def activate_backward_kernel(
             projected += tl.dot(values, tl.trans(factor), input_precision=PRECISION)
         of_weight += tl.sum(towards * inner, 1)
         towards = towards * weight[:, None]
-        of_gate = towards * (up + 1.0) * sigmoid * (1.0 + alpha * gate * (1.0 - sigmoid))
+        of_gate = towards * (up + 1.0) * (sigmoid + alpha * swish * (1.0 - sigmoid))
         of_gate = tl.where(raw_gate <= limit, of_gate, 0.0)
-        of_up = tl.where(tl.abs(raw_up) <= limit, towards * gate * sigmoid, 0.0)
+        of_up = tl.where(tl.abs(raw_up) <= limit, towards * swish, 0.0)
         of_gate = of_gate.to(out.dtype.element_ty)
         of_up = of_up.to(out.dtype.element_ty)
         _store_pairs(of_pairs, rows[:, None] * (up_row // 2) + columns[None, :], of_gate, of_up, inside, PACKED)
