@@ -257,6 +257,14 @@ def test_kernels_with_adapters_on_experts_are_refused(toml: Path) -> None:
     assert load("--config", str(tmp_toml(toml, "expert_layers = []\n")), *given).model.kernels
 
 
+def test_the_balancing_loss_is_not_compiled(toml: Path) -> None:
+    given = ("--config", str(toml), "--loss.router_balance", "0.001")
+    assert "router logits, which transformers does not collect" in refused(*given, "--model.compile", "on")
+    assert not load(*given).compiled
+    assert load("--config", str(toml)).compiled
+    assert not load("--config", str(toml), "--workers.gpus", "0").compiled
+
+
 def test_a_dense_base_has_the_arithmetics_precision(toml: Path) -> None:
     given = ("--config", str(toml), "--model.base_precision", "fp32")
     assert 'base_precision = "fp32" must be "mxfp4" or equal precision = "bf16"' in refused(*given)

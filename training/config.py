@@ -65,7 +65,8 @@ class ModelConfig(Config):
     """replace layers by kernels of the hub where the package kernels has them (transformers' use_kernels: MegaBlocks
     experts, RMSNorm); not with adapters on experts, which those kernels would leave out"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile on each decoder layer; auto is on with a GPU and off on a CPU"""
+    """torch.compile on each decoder layer; auto is on with a GPU and off on a CPU or with loss.router_balance, whose
+    router logits transformers does not collect from compiled layers"""
 
     @model_validator(mode="after")
     def _experts_fit_the_base(self) -> ModelConfig:
@@ -267,6 +268,21 @@ class TrainingConfig(Config):
                 "false, or lora.expert_layers = []"
             )
         return self
+
+    @model_validator(mode="after")
+    def _router_logits_can_be_collected(self) -> TrainingConfig:
+        if self.loss.router_balance and self.model.compile == "on":
+            raise ValueError(
+                "loss.router_balance needs router logits, which transformers does not collect from compiled layers; set "
+                'model.compile = "auto", or loss.router_balance = 0'
+            )
+        return self
+
+    @property
+    def compiled(self) -> bool:
+        """Whether layers are compiled."""
+        chosen = self.model.compile
+        return chosen == "on" or (chosen == "auto" and self.workers.gpus > 0 and not self.loss.router_balance)
 
     @property
     def global_batch_size(self) -> int:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
+import torch._dynamo
 from peft import PeftModel
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssExperts
 
+from cluster.model import Checkpointing
 from training.config import TrainingConfig
 from training.modeling.adapters import attach_adapters
 from training.modeling.base import load_base
 from training.modeling.isolation import isolate_documents
 
-Checkpointing = Literal["none", "experts", "full"]
+SHAPES = 64
+"""compiled graphs of a layer's code, at most"""
 
 
 def build_model(config: TrainingConfig, device: torch.device, checkpointing: Checkpointing) -> PeftModel:
@@ -29,8 +30,7 @@ def build_model(config: TrainingConfig, device: torch.device, checkpointing: Che
         ValueError: the adapters name layers that the model does not have.
     """
     model = attach_adapters(load_base(config.model, device), config.lora)
-    compiled = config.model.compile == "on" or (config.model.compile == "auto" and device.type == "cuda")
-    prepare(model, checkpointing, compiled=compiled)
+    prepare(model, checkpointing, compiled=config.compiled)
     return model
 
 
@@ -47,6 +47,10 @@ def prepare(model: PeftModel, checkpointing: Checkpointing, *, compiled: bool) -
     if checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if compiled:
+        # Each shape of batch, with and without gradient, is a graph for each type of layer. Beyond the limit PyTorch
+        # would run layers uncompiled without a word, attention with every score in memory.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         for module in model.modules():
             if isinstance(module, GptOssDecoderLayer):
                 module.compile(dynamic=False)
