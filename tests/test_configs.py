@@ -265,6 +265,12 @@ def test_the_balancing_loss_is_not_compiled(toml: Path) -> None:
     assert not load("--config", str(toml), "--workers.gpus", "0").compiled
 
 
+def test_offload_needs_a_gpu(toml: Path) -> None:
+    given = ("--config", str(toml), "--batch.activation_offload")
+    assert "workers.gpus = 0 has none; set it to false" in refused(*given, "--workers.gpus", "0")
+    assert load(*given).batch.activation_offload
+
+
 def test_a_dense_base_has_the_arithmetics_precision(toml: Path) -> None:
     given = ("--config", str(toml), "--model.base_precision", "fp32")
     assert 'base_precision = "fp32" must be "mxfp4" or equal precision = "bf16"' in refused(*given)

@@ -278,6 +278,14 @@ class TrainingConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _there_is_memory_to_offload(self) -> TrainingConfig:
+        if self.batch.activation_offload and self.workers.gpus == 0:
+            raise ValueError(
+                "batch.activation_offload moves activations off a GPU, and workers.gpus = 0 has none; set it to false"
+            )
+        return self
+
     @property
     def compiled(self) -> bool:
         """Whether layers are compiled."""

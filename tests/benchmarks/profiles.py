@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
+from tests.benchmarks.record import record
 from tests.benchmarks.train_models import Subject
 from training.modeling.loss import weighted_nll
 
@@ -26,7 +27,7 @@ KINDS = (
 """kinds of work by parts of kernels' names, the first that fits; all else is elementwise"""
 
 
-def profile(subject: Subject, batch: dict[str, torch.Tensor], chunk_tokens: int, path: Path) -> None:
+def profile(subject: Subject, batch: dict[str, torch.Tensor], chunk_tokens: int, command: str, path: Path) -> None:
     """Write the shares of one forward and backward pass, the loss timed apart, and the largest kernels as JSON."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with profiler(activities=activities) as measured:
@@ -39,15 +40,19 @@ def profile(subject: Subject, batch: dict[str, torch.Tensor], chunk_tokens: int,
     for event in kernels:
         shares[_kind(event.key)] += event.self_device_time_total / total
     loss = _loss_seconds(subject, batch, chunk_tokens)
-    record = {
-        "device_seconds": round(total / 1e6, 4),
-        "shares": {kind: round(share, 4) for kind, share in sorted(shares.items(), key=lambda item: -item[1])},
-        "loss": {
+    rows = [
+        {
+            "name": "step",
+            "device_seconds": round(total / 1e6, 4),
+            "shares": {kind: round(share, 4) for kind, share in sorted(shares.items(), key=lambda item: -item[1])},
+        },
+        {
+            "name": "loss",
             "seconds": round(loss, 4),
             "share": round(loss * 1e6 / total, 4),
             "note": "head and cross-entropy, measured apart; contained in dense GEMM and elementwise above",
         },
-        "kernels": [
+        *(
             {
                 "name": event.key[:160],
                 "calls": event.count,
@@ -55,9 +60,10 @@ def profile(subject: Subject, batch: dict[str, torch.Tensor], chunk_tokens: int,
                 "share": round(event.self_device_time_total / total, 4),
             }
             for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:25]
-        ],
-    }
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        ),
+    ]
+    result = record("profile", command, rows)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_kernel(event: Any) -> bool:

@@ -19,7 +19,14 @@ def keep(
     benchmark: str, model: str, device: str, command: str, rows: list[dict[str, Any]], folder: Path = RESULTS
 ) -> Path:
     """Write `<benchmark>-<model>-<device>.json` and return its path. Each row has a `name` and its figures."""
-    record = {
+    path = folder / f"{benchmark}-{model}-{device}.json"
+    path.write_text(json.dumps(record(benchmark, command, rows), indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def record(benchmark: str, command: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A result with what made it."""
+    return {
         "benchmark": benchmark,
         "command": command,
         "device": describe_device(),
@@ -28,9 +35,6 @@ def keep(
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "rows": rows,
     }
-    path = folder / f"{benchmark}-{model}-{device}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return path
 
 
 def describe_device() -> str:

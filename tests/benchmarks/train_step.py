@@ -47,8 +47,7 @@ def main() -> int:
             rows.append(json.loads(result.stdout.splitlines()[-1]))
         print(json.dumps(rows[-1]), flush=True)
     device = _device_name()
-    called = " ".join(["python -m tests.benchmarks.train_step", *sys.argv[1:]])
-    print(keep(options.keep_as, options.model, device, called, rows, Path(options.out)))
+    print(keep(options.keep_as, options.model, device, _called(), rows, Path(options.out)))
     return 1 if any("not measured" in row for row in rows) else 0
 
 
@@ -97,7 +96,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "seconds_to_first_step": round(first, 1),
     }
     if options.profile and name == "raysoner":
-        profiles.profile(subject, next(batches), options.chunk_tokens, Path(options.profile))
+        profiles.profile(subject, next(batches), options.chunk_tokens, _called(), Path(options.profile))
     return row
 
 
@@ -109,6 +108,12 @@ def model_config(name: str) -> GptOssConfig:
         return config
     layers, experts = {"gpt-oss-20b": (24, 32), "gpt-oss-120b": (36, 128)}[name]
     return GptOssConfig(num_hidden_layers=layers, num_local_experts=experts)
+
+
+def _called() -> str:
+    """The command that a user typed; the process of a row has one more option behind it."""
+    given = sys.argv[1 : sys.argv.index("--row")] if "--row" in sys.argv else sys.argv[1:]
+    return " ".join(["python -m tests.benchmarks.train_step", *given])
 
 
 def _device_name() -> str:
