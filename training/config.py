@@ -57,7 +57,8 @@ class ModelConfig(Config):
     """how the experts' frozen weights lie in memory: mxfp4 keeps four bits a weight and dequantises a layer at a time
     (experts stored in bf16 are quantised on load); bf16 and fp32, which must equal `precision`, dequantise on load"""
     attention: Literal["auto", "eager", "flex_attention", "flash_attention_3"] = "auto"
-    """auto is flex_attention on a GPU and eager on a CPU; flash_attention_3 needs the package kernels and its kernel"""
+    """auto is flex_attention on a GPU and eager on a CPU; flash_attention_3 is a kernel of the hub, through the package
+    kernels, without which the log says so and flex_attention runs"""
     experts: Literal["grouped_lora", "grouped_mm", "eager"] = "grouped_lora"
     """grouped_lora is Raysoner's own: it never builds a merged weight; the others are transformers', and need
     base_precision = precision"""

@@ -286,10 +286,16 @@ def test_choice(choice: str, device: str, name: str, monkeypatch: pytest.MonkeyP
     assert implementation(choice, torch.device(device)) == name
 
 
-def test_a_choice_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_package_flash_attention_gives_way_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _package: None)
-    with pytest.raises(ValueError, match=r"^model.attention = .*needs the package kernels; run `pip install kernels`"):
-        implementation("flash_attention_3", torch.device("cuda"))
+    assert implementation("flash_attention_3", torch.device("cuda")) == FLEX
+    assert "needs the package kernels, which is not installed" in caplog.text
+    assert "flex_attention is used instead" in caplog.text
+
+
+def test_a_choice_that_cannot_be_had_is_refused() -> None:
     for choice in ("flex_attention", "flash_attention_3"):
         with pytest.raises(ValueError, match=rf'^model.attention = "{choice}" needs a GPU; set it to "eager"'):
             implementation(choice, torch.device("cpu"))

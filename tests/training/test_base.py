@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -391,6 +392,18 @@ def test_failed_download_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_kernels_of_the_hub_need_dense_experts() -> None:
     with pytest.raises(ValueError, match=r'set model\.base_precision = "fp32", or model\.kernels = false'):
         load(kernels=True)
+
+
+def test_without_their_package_kernels_give_way_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "kernels" else find(name, *rest)
+    )
+    model = load(kernels=True, base_precision="fp32", experts="eager")
+    assert "model.kernels needs the package kernels, which is not installed" in caplog.text
+    assert not getattr(model, "_use_kernels", False)
 
 
 @pytest.mark.parametrize(("chosen", "dropout"), [((), 0.25), ((1,), 0.0), ("all", 0.0)])

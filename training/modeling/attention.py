@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -41,8 +42,10 @@ def implementation(choice: str, device: torch.device) -> str:
     sinks do not need. Whether its gradients of queries, keys and values count the sinks is not verified;
     nvidia-cosmos/cosmos-rl issue 219 says that they did not in August 2025.
 
+    Without the package kernels it is flex_attention instead, and the log says so.
+
     Raises:
-        ValueError: the device, or a package that is not installed, rules the choice out.
+        ValueError: the device rules the choice out.
     """
     on_gpu = device.type == "cuda"
     if choice == "auto":
@@ -56,10 +59,11 @@ def implementation(choice: str, device: torch.device) -> str:
     if choice == "flex_attention":
         return FLEX
     if importlib.util.find_spec("kernels") is None:
-        raise ValueError(
-            'model.attention = "flash_attention_3" needs the package kernels; run `pip install kernels`, or set '
-            'model.attention = "flex_attention"'
+        logging.getLogger(__name__).warning(
+            'model.attention = "flash_attention_3" needs the package kernels, which is not installed (pip install '
+            "kernels): flex_attention is used instead"
         )
+        return FLEX
     return FLASH_3
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ def load_base(config: ModelConfig, device: torch.device) -> GptOssForCausalLM:
 
     Raises:
         ArtifactError: the checkpoint lacks a file or a tensor, or one is of the wrong shape or corrupted.
-        ValueError: `config.kernels` is set and the experts are packed, or the package kernels is missing.
+        ValueError: `config.kernels` is set and the experts are packed.
     """
     if config.base_precision == "mxfp4":
         if config.kernels:
@@ -89,7 +91,12 @@ def _load_dense(config: ModelConfig, device: torch.device) -> GptOssForCausalLM:
         trust_remote_code=False,
         use_safetensors=True,
     )
-    if config.kernels:
+    if config.kernels and importlib.util.find_spec("kernels") is None:
+        logging.getLogger(__name__).warning(
+            "model.kernels needs the package kernels, which is not installed (pip install kernels): transformers' own "
+            "layers are used instead"
+        )
+    elif config.kernels:
         model.train().set_use_kernels(True)  # the mode picks kernels that have a backward pass
         model.eval()
     return model
