@@ -274,8 +274,8 @@ class TrainingConfig(Config):
     def _router_logits_can_be_collected(self) -> TrainingConfig:
         if self.loss.router_balance and self.model.compile == "on":
             raise ValueError(
-                "loss.router_balance needs router logits, which transformers does not collect from compiled layers; set "
-                'model.compile = "auto", or loss.router_balance = 0'
+                "loss.router_balance needs router logits, which transformers does not collect from compiled layers; "
+                'set model.compile = "auto", or loss.router_balance = 0'
             )
         return self
 
