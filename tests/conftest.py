@@ -63,6 +63,15 @@ def short_run(storage: Path, name: str, **settings: object) -> list[str]:
     return ["-m", "training", "run", "--config", DEMO, *(str(w) for k, v in flags.items() for w in (f"--{k}", v))]
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small models are faster so, and a sum's order does not depend on the machine's cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_configure() -> None:
     """A suite started in a shell's background ignores SIGINT, and commands that tests interrupt would inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -33,12 +33,7 @@ both_bases = pytest.mark.parametrize("base", ["dense", "packed"])
 every_shape = pytest.mark.parametrize("fields", FIELDS, ids=str)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():  # type: ignore[no-untyped-def]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def logits(model: Any) -> Tensor:

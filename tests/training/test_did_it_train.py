@@ -34,12 +34,7 @@ class Model(torch.nn.Module):
         self.frozen = torch.nn.Parameter(torch.ones(1), requires_grad=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():  # type: ignore[no-untyped-def]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def call(event: str, step: int, **kwargs: Any) -> None:

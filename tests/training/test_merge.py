@@ -26,12 +26,7 @@ ADAPTER = "adapter_model.safetensors"
 PROMPT = torch.randint(0, 3000, (2, 24), generator=torch.Generator().manual_seed(11))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():  # type: ignore[no-untyped-def]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def demo(precision: str = "fp32") -> Any:
