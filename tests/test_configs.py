@@ -265,6 +265,18 @@ def test_the_balancing_loss_is_not_compiled(toml: Path) -> None:
     assert not load("--config", str(toml), "--workers.gpus", "0").compiled
 
 
+@pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_3"])
+def test_attention_that_needs_a_gpu_is_refused_before_one_is_looked_for(toml: Path, attention: str) -> None:
+    given = ("--config", str(toml), "--model.attention", attention)
+    assert f'model.attention = "{attention}" needs a GPU; set it to "eager"' in refused(*given, "--workers.gpus", "0")
+    assert load(*given).model.attention == attention
+
+
+def test_kernels_with_packed_experts_are_refused(toml: Path) -> None:
+    message = refused("--config", str(toml), "--model.kernels")
+    assert 'set model.base_precision = "bf16", or model.kernels = false' in message
+
+
 def test_offload_needs_a_gpu(toml: Path) -> None:
     given = ("--config", str(toml), "--batch.activation_offload")
     assert "workers.gpus = 0 has none; set it to false" in refused(*given, "--workers.gpus", "0")

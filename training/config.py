@@ -72,6 +72,11 @@ class ModelConfig(Config):
     @model_validator(mode="after")
     def _experts_fit_the_base(self) -> ModelConfig:
         if self.base_precision == "mxfp4":
+            if self.kernels:
+                raise ValueError(
+                    f'model.kernels cannot multiply packed experts; set model.base_precision = "{self.precision}", or '
+                    "model.kernels = false"
+                )
             if self.experts != "grouped_lora":
                 raise ValueError(
                     f'experts = "{self.experts}" cannot multiply packed weights; set base_precision = '
@@ -276,6 +281,14 @@ class TrainingConfig(Config):
             raise ValueError(
                 "loss.router_balance needs router logits, which transformers does not collect from compiled layers; "
                 'set model.compile = "auto", or loss.router_balance = 0'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _attention_has_its_gpu(self) -> TrainingConfig:
+        if self.workers.gpus == 0 and self.model.attention not in ("auto", "eager"):
+            raise ValueError(
+                f'model.attention = "{self.model.attention}" needs a GPU; set it to "eager" to train on a CPU'
             )
         return self
 

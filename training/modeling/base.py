@@ -28,14 +28,9 @@ def load_base(config: ModelConfig, device: torch.device) -> GptOssForCausalLM:
 
     Raises:
         ArtifactError: the checkpoint lacks a file or a tensor, or one is of the wrong shape or corrupted.
-        ValueError: `config.kernels` is set and the experts are packed.
+        ValueError: `config.attention` needs a GPU.
     """
     if config.base_precision == "mxfp4":
-        if config.kernels:
-            raise ValueError(
-                f'model.kernels cannot multiply packed experts; set model.base_precision = "{config.precision}", or '
-                "model.kernels = false"
-            )
         model = load_packed(
             config.path,
             DTYPES[config.precision],
