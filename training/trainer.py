@@ -12,6 +12,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import load_balancing_loss_fun
 from trl import SFTTrainer
 
 from training.data.collator import IGNORED
+from training.modeling.attention import document_starts
 from training.modeling.loss import weighted_nll
 
 
@@ -173,7 +174,7 @@ def _taking_head_input(head: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 
 def _padding_mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """int64 [B, T]: 0 in the padding, which is a last segment of one repeated token without labels; else 1."""
-    tokens, starts = inputs["input_ids"], (inputs["position_ids"] == 0).long()
+    tokens, starts = inputs["input_ids"], document_starts(inputs["position_ids"]).long()
     last = starts.flip(1).cumsum(1).flip(1) == starts
     written = (tokens != tokens[:, -1:]) | (inputs["labels"] != IGNORED)
     return (~last | (last & written).any(dim=1, keepdim=True)).long()

@@ -58,7 +58,6 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = model_config(options.model)
-    torch.set_float32_matmul_precision("high")
     subject = train_models.BUILDERS[name](config, device, options)
     optimizer = torch.optim.AdamW(
         [weight for weight in subject.model.parameters() if weight.requires_grad], lr=1e-4, fused=device.type == "cuda"

@@ -60,8 +60,6 @@ def experts_forward(
     Raises:
         RuntimeError: the experts' own parameters require a gradient, which is not computed here.
     """
-    if torch.is_grad_enabled() and any(weight.requires_grad for weight in module.parameters(recurse=False)):
-        raise RuntimeError(f'experts = "{EXPERTS}" trains adapters, and the experts\' own weights require a gradient')
     adapters = factors or {}
     first, second = adapters.get("gate_up_proj"), adapters.get("down_proj")
     dropout = first.dropout if first else second.dropout if second else 0.0

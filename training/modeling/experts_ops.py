@@ -108,7 +108,7 @@ def _up(layer: Layer, x: torch.Tensor, routing: Routing, start: int) -> tuple[to
     factors = layer.up_factors
     rows = gather(x, routing, layer.projection(factors))
     if factors and layer.dropout:
-        _drop_and_project(layer, rows, factors, routing, 2 * start)
+        _drop_and_project(rows, _mask(layer, rows[:, : x.shape[1]], 2 * start), factors, routing)
     return grouped_mm(rows, matrix(layer.up, factors, x.dtype).transpose(1, 2), routing.ends), rows
 
 
@@ -117,7 +117,7 @@ def _down(layer: Layer, inner: torch.Tensor, weights: torch.Tensor, routing: Rou
     factors = layer.down_factors
     rows = activate(inner, weights, routing, layer.gate, layer.projection(factors))
     if factors and layer.dropout:
-        _drop_and_project(layer, rows, factors, routing, 2 * start + 1)
+        _drop_and_project(rows, _mask(layer, rows[:, : layer.down.inputs], 2 * start + 1), factors, routing)
     outputs = grouped_mm(rows, matrix(layer.down, factors, inner.dtype).transpose(1, 2), routing.ends)
     return combine(outputs, routing, weights.shape[1])
 
@@ -186,12 +186,7 @@ def _down_backward(
     up_b = layer.up_factors.b if layer.up_factors else None
     of_inner, rows, of_weights = activate_backward(inner, of_rows, weights, routing, layer.gate, projection, up_b)
     if factors and through is not None:
-        inputs = rows[:, :size]
-        if mask is not None:
-            _drop_and_project(layer, rows, factors, routing, 2 * start + 1)
-            inputs = inputs * mask
-        _add_a(of_lora[0], grouped_outer(through, inputs, routing.ends), factors.scale)
-        _add_b(of_lora[1], grouped_outer(rows[:, size : size + factors.rank], of_outputs, routing.ends))
+        _add_gradients(of_lora, factors, rows, mask, through, of_outputs, routing)
     return of_inner, of_weights[routing.position].view_as(weights).to(weights.dtype)
 
 
@@ -212,15 +207,12 @@ def _up_backward(
     del whole
     if factors:
         outputs = layer.up.bias.shape[1]
-        rows = gather(x, routing, layer.projection(factors))
-        inputs, through = rows[:, :size], of_inner[:, outputs : outputs + factors.rank]
+        rows, through = gather(x, routing, layer.projection(factors)), of_inner[:, outputs : outputs + factors.rank]
+        mask = None
         if layer.dropout:
-            mask = _mask(layer, inputs, 2 * start)
+            mask = _mask(layer, rows[:, :size], 2 * start)
             of_rows += factors.scale * grouped_mm(through.contiguous(), factors.a, routing.ends) * mask
-            _drop_and_project(layer, rows, factors, routing, 2 * start)
-            inputs = inputs * mask
-        _add_a(of_lora[0], grouped_outer(through, inputs, routing.ends), factors.scale)
-        _add_b(of_lora[1], grouped_outer(rows[:, size : size + factors.rank], of_inner[:, :outputs], routing.ends))
+        _add_gradients(of_lora, factors, rows, mask, through, of_inner[:, :outputs], routing)
     return combine(of_rows, routing, top_k)
 
 
@@ -231,12 +223,39 @@ def _mask(layer: Layer, inputs: torch.Tensor, stream: int) -> torch.Tensor:
     return kept.bernoulli_(1 - layer.dropout, generator=generator).div_(1 - layer.dropout)
 
 
-def _drop_and_project(layer: Layer, rows: torch.Tensor, factors: Factors, routing: Routing, stream: int) -> None:
-    """Fill the projection's columns of `rows` from their inputs with dropout."""
+def _drop_and_project(rows: torch.Tensor, mask: torch.Tensor, factors: Factors, routing: Routing) -> torch.Tensor:
+    """The inputs of `rows` with dropout, having filled the projection's columns from them."""
     size = factors.a.shape[2]
-    inputs = rows[:, :size]
-    projected = grouped_mm(inputs * _mask(layer, inputs, stream), factors.a.transpose(1, 2), routing.ends)
+    inputs = rows[:, :size] * mask
+    projected = grouped_mm(inputs, factors.a.transpose(1, 2), routing.ends)
     rows[:, size : size + factors.rank] = factors.scale * projected
+    return inputs
+
+
+def _add_gradients(
+    of_lora: list[torch.Tensor],
+    factors: Factors,
+    rows: torch.Tensor,
+    mask: torch.Tensor | None,
+    through: torch.Tensor,
+    of_outputs: torch.Tensor,
+    routing: Routing,
+) -> None:
+    """Add the gradients of A and B to `of_lora`.
+
+    Args:
+        of_lora: gradients of PEFT's two factors.
+        factors: of the projection.
+        rows: its inputs [S, I] with the extra columns behind them; with dropout those of the projection are empty.
+        mask: of the dropout [S, I], or None.
+        through: gradient of its outputs projected on B [S, R].
+        of_outputs: gradient of its outputs [S, O].
+        routing: of the rows.
+    """
+    size = factors.a.shape[2]
+    inputs = rows[:, :size] if mask is None else _drop_and_project(rows, mask, factors, routing)
+    _add_a(of_lora[0], grouped_outer(through, inputs, routing.ends), factors.scale)
+    _add_b(of_lora[1], grouped_outer(rows[:, size : size + factors.rank], of_outputs, routing.ends))
 
 
 def _add_a(total: torch.Tensor, products: torch.Tensor, scale: float) -> None:
@@ -268,8 +287,8 @@ def _(*given: Any) -> tuple[torch.Tensor, ...]:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     if any(ctx.needs_input_grad[3:9]):  # PEFT's own wrappers present merged weights, which get none from here
         raise RuntimeError(
-            "the experts' weights require a gradient, and only adapters get one: freeze them, and put adapters on with "
-            "training.modeling.adapters.attach_adapters"
+            "grouped_lora trains adapters, and the experts' own weights require a gradient: freeze them, and put "
+            "adapters on with training.modeling.adapters.attach_adapters"
         )
     *tensors, ctx.scales, ctx.gate, _ = inputs
     ctx.save_for_backward(output[1], *tensors)

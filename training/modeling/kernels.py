@@ -64,7 +64,7 @@ def activate(
         activate_kernel[_grid(count, routing, ACTIVATE["BLOCK"])](
             _pairs(gate_up), weights.contiguous(), routing.order, routing.ends, _or_empty(projection.a, gate_up), out,
             projection.scale, gate.alpha, gate.limit, out.stride(0),
-            SIZE=size, **_shape(projection, routing, gate_up.dtype), **ACTIVATE,
+            SIZE=size, **_shape(projection, routing, gate_up.dtype), PACKED=_packs(gate_up), **ACTIVATE,
         )  # fmt: skip
     return out
 
@@ -90,7 +90,7 @@ def activate_backward(
             _or_empty(projection.a, gate_up), _or_empty(b, gate_up), of_gate_up, _pairs(of_gate_up), out, of_weights,
             projection.scale, gate.alpha, gate.limit, gradient.stride(0), out.stride(0), of_gate_up.stride(0),
             SIZE=size, UP_RANK=up_rank, UP_RANK_2=_power(up_rank), **_shape(projection, routing, gate_up.dtype),
-            **BACKWARD,
+            PACKED=_packs(gate_up), **BACKWARD,
         )  # fmt: skip
     return of_gate_up, out, of_weights
 
@@ -145,13 +145,16 @@ def _shape(projection: Projection, routing: Routing, dtype: torch.dtype) -> dict
         "EXPERTS_2": triton.next_power_of_2(experts),
         "TAIL_2": _power(projection.rank + EXTRA),
         "PRECISION": "tf32" if dtype == torch.bfloat16 else "ieee",
-        "PACKED": dtype == torch.bfloat16,
     }
 
 
 def _pairs(rows: torch.Tensor) -> torch.Tensor:
     """Neighbouring bf16 values as one int32, which a kernel reads whole."""
-    return rows.view(torch.int32) if rows.dtype == torch.bfloat16 else rows
+    return rows.view(torch.int32) if _packs(rows) else rows
+
+
+def _packs(rows: torch.Tensor) -> bool:
+    return rows.dtype == torch.bfloat16
 
 
 def _power(size: int) -> int:

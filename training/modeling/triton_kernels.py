@@ -55,11 +55,33 @@ def _store_pairs(pairs, places, first, second, inside, PACKED: tl.constexpr):
 
 
 @triton.jit
+def _project(values, a, expert, columns, tail, SIZE: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr):
+    """What `columns` of the rows add to their projection on the expert's factor `a` [E, R, SIZE]."""
+    factor = tl.load(
+        a + expert * RANK * SIZE + tail[None, :] * SIZE + columns[:, None],
+        (tail < RANK)[None, :] & (columns < SIZE)[:, None],
+        0.0,
+    )
+    return tl.dot(values, factor, input_precision=PRECISION)
+
+
+@triton.jit
+def _store_tail(out, rows, real, row, tail, projected, bias, SIZE: tl.constexpr, RANK: tl.constexpr, END: tl.constexpr):
+    """The extra columns behind each row: its projection, `bias` behind it, and zeros up to `END` columns."""
+    ending = tl.where((tail == RANK)[None, :], bias, projected)
+    tl.store(
+        out + rows[:, None] * row + SIZE + tail[None, :],
+        ending.to(out.dtype.element_ty),
+        real[:, None] & (tail < END)[None, :],
+    )
+
+
+@triton.jit
 def gather_kernel(
     x, order, ends, a, out, scale, x_row, out_row,
     TOP_K: tl.constexpr, SIZE: tl.constexpr, RANK: tl.constexpr, EXTRA: tl.constexpr, PROJECT: tl.constexpr,
     EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, TAIL_2: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows, real, expert = _rows_of_program(ends, EXPERTS, EXPERTS_2, BLOCK)
     tokens = tl.load(order + rows, real, 0) // TOP_K
@@ -71,19 +93,9 @@ def gather_kernel(
         values = tl.load(x + tokens[:, None] * x_row + columns[None, :], inside, 0.0)
         tl.store(out + rows[:, None] * out_row + columns[None, :], values, inside)
         if PROJECT:
-            factor = tl.load(
-                a + expert * RANK * SIZE + tail[None, :] * SIZE + columns[:, None],
-                (tail < RANK)[None, :] & (columns < SIZE)[:, None],
-                0.0,
-            )
-            projected += tl.dot(values, factor, input_precision=PRECISION)
+            projected += _project(values, a, expert, columns, tail, SIZE, RANK, PRECISION)
     if EXTRA > 0:
-        ending = tl.where((tail == RANK)[None, :], 1.0, projected * scale)
-        tl.store(
-            out + rows[:, None] * out_row + SIZE + tail[None, :],
-            ending.to(out.dtype.element_ty),
-            real[:, None] & (tail < RANK + EXTRA)[None, :],
-        )
+        _store_tail(out, rows, real, out_row, tail, projected * scale, 1.0, SIZE, RANK, RANK + EXTRA)
 
 
 @triton.jit
@@ -107,18 +119,8 @@ def activate_kernel(
         values = inner.to(out.dtype.element_ty)
         tl.store(out + rows[:, None] * out_row + columns[None, :], values, inside)
         if PROJECT:
-            factor = tl.load(
-                a + expert * RANK * SIZE + tail[None, :] * SIZE + columns[:, None],
-                (tail < RANK)[None, :] & (columns < SIZE)[:, None],
-                0.0,
-            )
-            projected += tl.dot(values, factor, input_precision=PRECISION)
-    ending = tl.where((tail == RANK)[None, :], weight[:, None], projected * scale)
-    tl.store(
-        out + rows[:, None] * out_row + SIZE + tail[None, :],
-        ending.to(out.dtype.element_ty),
-        real[:, None] & (tail < RANK + EXTRA)[None, :],
-    )
+            projected += _project(values, a, expert, columns, tail, SIZE, RANK, PRECISION)
+    _store_tail(out, rows, real, out_row, tail, projected * scale, weight[:, None], SIZE, RANK, RANK + EXTRA)
 
 
 @triton.jit
@@ -174,12 +176,7 @@ def activate_backward_kernel(
             present = (columns < SIZE)[:, None] & (up_tail < UP_RANK)[None, :]
             up_projected += tl.dot(of_gate, tl.load(place, present, 0.0), input_precision=PRECISION)
             up_projected += tl.dot(of_up, tl.load(place + UP_RANK, present, 0.0), input_precision=PRECISION)
-    ending = tl.where((tail == RANK)[None, :], weight[:, None], projected * scale)
-    tl.store(
-        out + rows[:, None] * out_row + SIZE + tail[None, :],
-        ending.to(out.dtype.element_ty),
-        real[:, None] & (tail < RANK + EXTRA)[None, :],
-    )
+    _store_tail(out, rows, real, out_row, tail, projected * scale, weight[:, None], SIZE, RANK, RANK + EXTRA)
     tl.store(of_weights + rows, of_weight, real)
     if UP_RANK > 0:
         tl.store(
