@@ -136,7 +136,7 @@ def _explain(
     reason = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     value = error["input"]
     shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | list) else ""
-    return f"{place}{dotted}: {reason}{shown}"
+    return f"{place}{dotted}: {reason}{shown}" if key else reason  # a rule about the whole names its settings itself
 
 
 def _place(key: list[str], files: list[tuple[str, dict[str, Any]]], flags: Mapping[str, Any]) -> str:

@@ -268,7 +268,8 @@ def test_the_balancing_loss_is_not_compiled(toml: Path) -> None:
 @pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_3"])
 def test_attention_that_needs_a_gpu_is_refused_before_one_is_looked_for(toml: Path, attention: str) -> None:
     given = ("--config", str(toml), "--model.attention", attention)
-    assert f'model.attention = "{attention}" needs a GPU; set it to "eager"' in refused(*given, "--workers.gpus", "0")
+    message = refused(*given, "--workers.gpus", "0")
+    assert message == f'model.attention = "{attention}" needs a GPU; set it to "eager" to train on a CPU'
     assert load(*given).model.attention == attention
 
 
