@@ -11,12 +11,14 @@ import pytest
 
 
 def test_all_rows_take_the_same_step(tmp_path: Path) -> None:
-    """Adapters begin as nothing: ours and the others' first losses are the base's, on the same weights and tokens."""
+    """Adapters begin as nothing: ours and the others' first losses are the base's, read from one checkpoint."""
+    checkpoint = tmp_path / "checkpoint"
     command = [sys.executable, "-m", "tests.benchmarks.train_step", "--model", "raysoner-demo", "--one-document"]
     command += ["--steps", "1", "--warmup", "1", "--sequence-length", "64", "--out", str(tmp_path)]
+    command += ["--checkpoint", str(checkpoint)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr[-2000:]
-    (result,) = tmp_path.iterdir()
+    (result,) = tmp_path.glob("*.json")
     record = json.loads(result.read_text())
     assert record["command"].startswith("python -m tests.benchmarks.train_step --model raysoner-demo")
     rows = {row["name"]: row for row in record["rows"]}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
-from transformers import GptOssConfig, GptOssForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, Mxfp4Config
 from transformers.initialization import no_init_weights
 
 from cluster.model import ATTENTION_LINEARS, EXPERT_PARAMETERS
@@ -18,7 +18,7 @@ from training.config import LoraConfig
 from training.modeling.adapters import attach_adapters
 from training.modeling.attention import implementation
 from training.modeling.engine import prepare
-from training.modeling.loading import without_weights
+from training.modeling.loading import load_packed, without_weights
 from training.modeling.loss import weighted_nll
 from training.modeling.mxfp4 import dequantise
 
@@ -38,10 +38,11 @@ class Subject:
 def raysoner(config: GptOssConfig, device: torch.device, options: argparse.Namespace) -> Subject:
     """Raysoner's engine, as its worker builds it."""
     dtype = _dtype(device)
-    model = without_weights(config, dtype, implementation("auto", device), "grouped_lora")
-    model = model.to_empty(device=device)
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
-    _fill(model, config, device)
+    attention = implementation("auto", device)
+    if options.checkpoint:
+        model = load_packed(options.checkpoint, dtype, device, attention=attention, experts="grouped_lora")
+    else:
+        model = packed_model(config, device, attention)
     adapted = attach_adapters(model, LoraConfig(rank=options.rank))
     prepare(adapted, options.checkpointing, compiled=options.compile == "on")
     adapted.train()
@@ -62,6 +63,14 @@ def raysoner(config: GptOssConfig, device: torch.device, options: argparse.Names
         return total
 
     return Subject(adapted, loss, True, options.checkpointing)
+
+
+def packed_model(config: GptOssConfig, device: torch.device, attention: str) -> GptOssForCausalLM:
+    """The base with packed experts, its weights drawn on the device."""
+    model = without_weights(config, _dtype(device), attention, "grouped_lora").to_empty(device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
+    _fill(model, config, device)
+    return model
 
 
 def seed(config: GptOssConfig, device: torch.device, options: argparse.Namespace) -> Subject:
@@ -89,15 +98,17 @@ def _stock(
     layers: list[int],
 ) -> Subject:
     dtype = _dtype(device)
-    config._attn_implementation, config._experts_implementation = attention, experts
-    with no_init_weights(), torch.device(device):
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            model = GptOssForCausalLM(config)
-        finally:
-            torch.set_default_dtype(before)
-    _fill(model, config, device)
+    if options.checkpoint:
+        model = GptOssForCausalLM.from_pretrained(
+            options.checkpoint,
+            dtype=dtype,
+            attn_implementation=attention,
+            experts_implementation=experts,
+            quantization_config=Mxfp4Config(dequantize=True),
+            device_map=device,
+        )
+    else:
+        model = _dense_model(config, device, attention, experts)
     names = [f"layers.{layer}.mlp.experts.{name}" for layer in layers for name in EXPERT_PARAMETERS]
     adapted = get_peft_model(
         model,
@@ -115,6 +126,19 @@ def _stock(
         return output.loss  # type: ignore[no-any-return]
 
     return Subject(adapted, loss, False, "full")
+
+
+def _dense_model(config: GptOssConfig, device: torch.device, attention: str, experts: str) -> GptOssForCausalLM:
+    config._attn_implementation, config._experts_implementation = attention, experts
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(_dtype(device))
+    try:
+        with no_init_weights(), torch.device(device):
+            model = GptOssForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    _fill(model, config, device)
+    return model
 
 
 def batches(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from transformers import GptOssConfig
 
+from tests.benchmarks.checkpoints import forget_cached, write_packed
 from tests.benchmarks.record import RESULTS, keep
 
 ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
@@ -38,7 +40,11 @@ def main() -> int:
         print(json.dumps(measure(options.row, options)))
         return 0
     rows = []
+    if options.checkpoint:
+        _checkpoint(Path(options.checkpoint), options.model)
     for name in options.rows.split(","):
+        if options.checkpoint:
+            forget_cached(Path(options.checkpoint))
         command = [sys.executable, "-m", "tests.benchmarks.train_step", *sys.argv[1:], "--row", name]
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | ALLOCATOR)
         if result.returncode:
@@ -99,6 +105,19 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
+def _checkpoint(folder: Path, model: str) -> None:
+    """Write the model's checkpoint, in a process of its own, unless it is there."""
+    if (folder / "config.json").is_file():
+        return
+    context = multiprocessing.get_context("spawn")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    writer = context.Process(target=write_packed, args=(folder, model_config(model), device))
+    writer.start()
+    writer.join()
+    if writer.exitcode:
+        raise SystemExit(f"writing {folder} failed")
+
+
 def model_config(name: str) -> GptOssConfig:
     """gpt-oss's shapes; the demo's for `raysoner-demo`."""
     if name == "raysoner-demo":
@@ -134,6 +153,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--checkpointing", default="none", choices=("none", "experts", "full"), help="ours")
     parser.add_argument("--compile", default="on" if gpu else "off", choices=("on", "off"), help="ours")
     parser.add_argument("--chunk-tokens", type=int, default=2048, help="of our loss")
+    parser.add_argument("--checkpoint", default="", help="folder that the base is read from, cold; written if missing")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
