@@ -142,8 +142,12 @@ def connect() -> None:
     """Join the cluster of `RAY_ADDRESS` or of this job, or start one on this machine that ends with this process."""
     if ray.is_initialized():
         return
-    environment = {} if inside_job() else {"env_vars": {"PYTHONPATH": str(Path.cwd())}}
-    ray.init(runtime_env=environment, logging_level=logging.WARNING)
+    ray.init(runtime_env={} if inside_job() else {"env_vars": import_paths()}, logging_level=logging.WARNING)
+
+
+def import_paths() -> dict[str, str]:
+    """The environment with which every worker finds this project, and whatever this process was told to find."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(Path.cwd()), os.environ.get("PYTHONPATH"))))}
 
 
 def inside_job() -> bool:

@@ -9,7 +9,7 @@ import pytest
 from cluster.config import ConfigError, load_files
 from tests.conftest import DEMO
 from training.config import TrainingConfig
-from training.driver import check_resources, locate, resources_per_worker, run
+from training.driver import check_resources, import_paths, locate, resources_per_worker, run
 from training.plan import make_plan
 
 
@@ -45,6 +45,14 @@ def test_inside_a_job_paths_stay_relative_and_storage_must_not(
     assert locate(with_run(config, storage="/mnt/runs")).model.path == "training/demo/model"
     with pytest.raises(ConfigError, match="goes away with it"):
         locate(with_run(config, storage="runs"))
+
+
+def test_workers_import_what_the_driver_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PYTHONPATH that were replaced would leave workers without ray, and the run would wait for them without end."""
+    monkeypatch.setenv("PYTHONPATH", "/opt/site:/opt/more")
+    assert import_paths() == {"PYTHONPATH": f"{Path.cwd()}:/opt/site:/opt/more"}
+    monkeypatch.delenv("PYTHONPATH")
+    assert import_paths() == {"PYTHONPATH": str(Path.cwd())}
 
 
 def test_what_the_cluster_lacks_is_named(config: TrainingConfig) -> None:
