@@ -11,6 +11,10 @@ from typing import IO, Literal
 import pyarrow
 import pyarrow.fs
 
+from cluster import storage
+from cluster.storage import StorageError
+from cluster.storage import first_line as first_line
+
 BLOCK_BYTES = 1 << 20
 
 
@@ -52,13 +56,10 @@ def open_filesystem(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
     Raises:
         DataError: the URI is malformed, or of a storage that pyarrow does not know.
     """
-    if "://" not in path:
-        return pyarrow.fs.LocalFileSystem(), path
     try:
-        filesystem, inner = pyarrow.fs.FileSystem.from_uri(path)
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(path, f"the storage URI cannot be opened ({first_line(error)})") from None
-    return filesystem, inner
+        return storage.open_filesystem(path)
+    except StorageError as error:
+        raise DataError(path, str(error)) from None
 
 
 def open_file(file: str) -> IO[bytes]:
@@ -70,12 +71,6 @@ def open_file(file: str) -> IO[bytes]:
 def absolute(path: str) -> str:
     """A path that exists, made absolute; a hub id or a URI as it is."""
     return str(Path(path).absolute()) if Path(path).exists() else path
-
-
-def first_line(error: BaseException) -> str:
-    """A library's error on one line, short enough for a sentence."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].strip().rstrip(".:")[:200]
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,262 @@
+"""A folder that runs keep things in: on a local disk, NFS, S3 or any other file system of pyarrow."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import pyarrow.fs
+
+from cluster.artifacts import publish_file
+
+Data = bytes | memoryview | Sequence[bytes | memoryview]
+"""a file's content, in one piece or in several that follow each other"""
+
+WAITS = (0.5, 2.0)
+"""seconds before a call that failed is tried a second and a third time"""
+HOPELESS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG})
+"""errors that do not pass: a full or read-only disk, missing permission"""
+OBJECT_STORES = ("s3", "gcs", "abfs")
+"""pyarrow's names of the file systems that have no folders, only names with slashes"""
+
+T = TypeVar("T")
+
+
+class StorageError(OSError):
+    """A storage does not do what it was asked for; the message is one sentence that names the place.
+
+    `errno` is the cause's, where it had one. The message stands alone, without it.
+    """
+
+    def __init__(self, message: str, code: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = code
+
+
+class Storage:
+    """A folder on a file system, its files read and written whole.
+
+    A call that fails is tried again after each of `waits`, unless the error is one that does not pass; then the last
+    error is raised. Names may hold slashes; folders between are made as needed. One process writes at a time.
+
+    Args:
+        filesystem: of pyarrow.
+        path: of the folder on it; it need not exist.
+        location: what messages call the folder; by default its path.
+        waits: seconds before the second try, the third and so on.
+    """
+
+    def __init__(
+        self,
+        filesystem: pyarrow.fs.FileSystem,
+        path: str,
+        *,
+        location: str | None = None,
+        waits: Sequence[float] = WAITS,
+    ) -> None:
+        self.filesystem = filesystem
+        self.path = path.rstrip("/") or "/"
+        self.location = (location or path).rstrip("/") or "/"
+        self.waits = tuple(waits)
+
+    @classmethod
+    def at(cls, location: str) -> Storage:
+        """The folder of a local path, in which `~` is the home directory, or of a URI that pyarrow knows.
+
+        Among them are file:///mnt/runs, s3://bucket/runs?region=eu-central-1, s3://bucket/runs?scheme=http&
+        endpoint_override=host:9000 (any S3-like service) and gs://bucket/runs. Credentials come from the environment,
+        as the service's own tools read them. Nothing is read or written yet; `probe` does.
+
+        Raises:
+            StorageError: the URI is malformed, or of a storage that pyarrow does not know.
+        """
+        if "://" not in location:
+            path = str(Path(location).expanduser().absolute())
+            return cls(pyarrow.fs.LocalFileSystem(), path)
+        shown = without_secrets(location)
+        try:
+            filesystem, path = open_filesystem(location)
+        except StorageError as error:
+            raise StorageError(f"{shown}: {error}") from None
+        return cls(filesystem, path, location=shown)
+
+    def __str__(self) -> str:
+        return self.location
+
+    def child(self, name: str) -> Storage:
+        """The folder `name` in this one."""
+        return Storage(self.filesystem, self._inner(name), location=self._shown(name), waits=self.waits)
+
+    def read(self, name: str) -> bytes:
+        """The content of a file.
+
+        Raises:
+            FileNotFoundError: there is none of this name.
+            StorageError: it cannot be read.
+        """
+
+        def call() -> bytes:
+            with self.filesystem.open_input_stream(self._inner(name), compression=None) as stream:
+                content: bytes = stream.read()
+            return content
+
+        return self._tried("be read", name, call)
+
+    def write(self, name: str, data: Data) -> None:
+        """Write a file, or another content of it.
+
+        On a local file system the file appears whole, on the disk, and at once; on others it is a stream, which object
+        stores show once it is closed.
+
+        Raises:
+            StorageError: it cannot be written; the file of before may be lost, except on a local file system.
+        """
+        pieces = [data] if isinstance(data, bytes | memoryview) else data
+        write = self._write_local if isinstance(self.filesystem, pyarrow.fs.LocalFileSystem) else self._write_stream
+        self._tried("be written", name, lambda: write(self._inner(name), pieces))
+
+    def names(self) -> list[tuple[str, bool]]:
+        """Name of each file and folder in this one, sorted, and whether it is a folder. Of no folder, none.
+
+        Raises:
+            StorageError: the folder cannot be listed.
+        """
+
+        def call() -> list[tuple[str, bool]]:
+            found = self.filesystem.get_file_info(pyarrow.fs.FileSelector(self.path, allow_not_found=True))
+            return sorted((info.base_name, info.type == pyarrow.fs.FileType.Directory) for info in found)
+
+        return self._tried("be listed", "", call)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file or folder of this name.
+
+        Raises:
+            StorageError: the storage does not answer.
+        """
+        return self._tried("be looked up", name, lambda: bool(self._type(name) != pyarrow.fs.FileType.NotFound))
+
+    def delete(self, name: str) -> None:
+        """Remove a file, or a folder and all in it. What is not there counts as removed.
+
+        Raises:
+            StorageError: it cannot be removed; of a folder, a part may be.
+        """
+
+        def call() -> None:
+            kind = self._type(name)
+            if kind == pyarrow.fs.FileType.Directory:
+                self.filesystem.delete_dir(self._inner(name))
+            elif kind != pyarrow.fs.FileType.NotFound:
+                self.filesystem.delete_file(self._inner(name))
+
+        self._tried("be removed", name, call)
+
+    def probe(self) -> None:
+        """Write a small file and remove it, so that a storage of no use is found before it is needed.
+
+        Raises:
+            StorageError: that failed; the message says what to do.
+        """
+        name = f".probe-{uuid.uuid4().hex}"
+        try:
+            self.write(name, b"This file can be deleted.\n")
+            self.delete(name)
+        except StorageError as error:
+            raise StorageError(
+                f"{self} is of no use as a storage: {error}; check that it exists and may be written to from here",
+                error.errno,
+            ) from error
+
+    def _tried(self, done: str, name: str, call: Callable[[], T]) -> T:
+        """What `call` returns, once it does. Only a missing file keeps its type of error."""
+        for wait in (*self.waits, None):
+            try:
+                return call()
+            except FileNotFoundError as error:
+                if done == "be read":
+                    raise FileNotFoundError(errno.ENOENT, "there is no such file", self._shown(name)) from None
+                failure: OSError = error
+            except OSError as error:
+                failure = error
+            if wait is None or failure.errno in HOPELESS:
+                break
+            time.sleep(wait)
+        raise StorageError(f"{self._shown(name)} cannot {done} ({first_line(failure)})", failure.errno) from failure
+
+    def _write_local(self, path: str, pieces: Sequence[bytes | memoryview]) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with publish_file(target) as scratch, scratch.open("wb") as stream:
+            for piece in pieces:
+                stream.write(piece)
+            stream.flush()
+            os.fsync(stream.fileno())
+        _sync_folder(target.parent)
+
+    def _write_stream(self, path: str, pieces: Sequence[bytes | memoryview]) -> None:
+        if self.filesystem.type_name not in OBJECT_STORES:
+            self.filesystem.create_dir(str(PurePosixPath(path).parent), recursive=True)
+        with self.filesystem.open_output_stream(path, compression=None) as stream:
+            for piece in pieces:
+                stream.write(piece)
+
+    def _type(self, name: str) -> pyarrow.fs.FileType:
+        return self.filesystem.get_file_info(self._inner(name)).type
+
+    def _inner(self, name: str) -> str:
+        return f"{self.path.rstrip('/')}/{name}"
+
+    def _shown(self, name: str) -> str:
+        return f"{self.location.rstrip('/')}/{name}" if name else self.location
+
+
+def without_secrets(location: str) -> str:
+    """A path or URI as messages may show it: without user, password and options."""
+    return re.sub(r"(?<=://)[^/@]*@", "", location.partition("?")[0]) if "://" in location else location
+
+
+def below(location: str, name: str) -> str:
+    """The path or URI of what is called `name` in the folder at `location`."""
+    folder, mark, options = location.partition("?") if "://" in location else (location, "", "")
+    return f"{folder.rstrip('/')}/{name}{mark}{options}"
+
+
+def open_filesystem(location: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The file system of a local path or a storage URI, and the path within it.
+
+    Raises:
+        StorageError: the URI is malformed, or of a storage that pyarrow does not know. The message leaves it out.
+    """
+    if "://" not in location:
+        return pyarrow.fs.LocalFileSystem(), location
+    try:
+        filesystem, inner = pyarrow.fs.FileSystem.from_uri(location)
+    except (OSError, ValueError, ImportError) as error:
+        raise StorageError(f"the storage URI cannot be opened ({first_line(error)})") from None
+    return filesystem, inner
+
+
+def first_line(error: BaseException) -> str:
+    """A library's error on one line, short enough for a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip().rstrip(".:")[:200]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a folder's list of names on the disk, which a crash may else lose with the files in it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network and user-space file systems know no such call for folders, and have their own promises.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
