@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import GptOssConfig, GptOssForCausalLM, Mxfp4Config
 from transformers.initialization import no_init_weights
 
 from cluster.model import ATTENTION_LINEARS, EXPERT_PARAMETERS
+from training.agreement import local
 from training.config import LoraConfig
 from training.modeling.adapters import attach_adapters
 from training.modeling.attention import implementation
@@ -21,6 +24,8 @@ from training.modeling.engine import prepare
 from training.modeling.loading import load_packed, without_weights
 from training.modeling.loss import weighted_nll
 from training.modeling.mxfp4 import dequantise
+from training.modeling.offload import Offload
+from training.modeling.sharding import shard_layers
 
 Batch = dict[str, torch.Tensor]
 
@@ -35,21 +40,24 @@ class Subject:
     checkpointing: str
 
 
-def raysoner(config: GptOssConfig, device: torch.device, options: argparse.Namespace) -> Subject:
-    """Raysoner's engine, as its worker builds it."""
+def raysoner(
+    config: GptOssConfig, device: torch.device, options: argparse.Namespace, mesh: DeviceMesh | None = None
+) -> Subject:
+    """Raysoner's engine, as its worker builds it; where there is a `mesh`, of one worker, with its layers sharded."""
     dtype = _dtype(device)
     attention = implementation("auto", device)
     if options.checkpoint:
-        model = load_packed(options.checkpoint, dtype, device, attention=attention, experts="grouped_lora")
+        model = load_packed(options.checkpoint, dtype, device, attention=attention, experts="grouped_lora", mesh=mesh)
     else:
-        model = packed_model(config, device, attention)
+        model = packed_model(config, device, attention, mesh)
     adapted = attach_adapters(model, LoraConfig(rank=options.rank))
     prepare(adapted, options.checkpointing, compiled=options.compile == "on")
     adapted.train()
     head = model.lm_head.weight
+    offload = Offload(adapted, device) if options.activation_offload else nullcontext
 
     def loss(batch: Batch) -> torch.Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):
+        with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16), offload():
             hidden = adapted.base_model.model.model(
                 input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
             ).last_hidden_state
@@ -65,9 +73,14 @@ def raysoner(config: GptOssConfig, device: torch.device, options: argparse.Names
     return Subject(adapted, loss, True, options.checkpointing)
 
 
-def packed_model(config: GptOssConfig, device: torch.device, attention: str) -> GptOssForCausalLM:
+def packed_model(
+    config: GptOssConfig, device: torch.device, attention: str, mesh: DeviceMesh | None = None
+) -> GptOssForCausalLM:
     """The base with packed experts, its weights drawn on the device."""
-    model = without_weights(config, _dtype(device), attention, "grouped_lora").to_empty(device=device)
+    model = without_weights(config, _dtype(device), attention, "grouped_lora")
+    if mesh is not None:
+        shard_layers(model, mesh)
+    model = model.to_empty(device=device)
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
     _fill(model, config, device)
     return model
@@ -174,8 +187,8 @@ def _fill(model: Any, config: GptOssConfig, device: torch.device) -> None:
             blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, device=device, generator=generator)
             scales = torch.randint(118, 121, shape, dtype=torch.uint8, device=device, generator=generator)
             if hasattr(experts, f"{name}_scales"):
-                getattr(experts, name).copy_(blocks)
-                getattr(experts, f"{name}_scales").copy_(scales)
+                local(getattr(experts, name)).copy_(blocks)
+                local(getattr(experts, f"{name}_scales")).copy_(scales)
             else:
                 for expert in range(shape[0]):
                     part = slice(expert, expert + 1)
@@ -184,9 +197,9 @@ def _fill(model: Any, config: GptOssConfig, device: torch.device) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not name.endswith(EXPERT_PARAMETERS):
             if "norm" in name:
-                parameter.fill_(1.0)
+                local(parameter).fill_(1.0)
             else:
-                parameter.normal_(0, 0.02, generator=generator)
+                local(parameter).normal_(0, 0.02, generator=generator)
 
 
 def _dtype(device: torch.device) -> torch.dtype:

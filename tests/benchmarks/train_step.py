@@ -151,6 +151,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, default=2048 if gpu else 256)
     parser.add_argument("--one-document", action="store_true", help="a row of ours is one document, not packed ones")
     parser.add_argument("--checkpointing", default="none", choices=("none", "experts", "full"), help="ours")
+    parser.add_argument("--activation-offload", action="store_true", help="ours wait in host memory")
     parser.add_argument("--compile", default="on" if gpu else "off", choices=("on", "off"), help="ours")
     parser.add_argument("--chunk-tokens", type=int, default=2048, help="of our loss")
     parser.add_argument("--checkpoint", default="", help="folder that the base is read from, cold; written if missing")

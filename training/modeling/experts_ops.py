@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from training.modeling.expert_load import EXPERT_LOAD
 from training.modeling.grouped import Routing, grouped_mm, grouped_outer, sort_by_expert
 from training.modeling.matrices import Factors, Weight, matrix
 from training.modeling.rows import Gate, Projection, activate, activate_backward, combine, gather, take
@@ -96,6 +97,8 @@ def experts(
     for start in range(0, max(1, x.shape[0]), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
         routing = sort_by_expert(chosen[part], gate_up.shape[0])
+        if EXPERT_LOAD.on:
+            EXPERT_LOAD.see(routing)
         inner = _up(layer, x[part], routing, start)[0]
         output[part] = _down(layer, inner, weights[part], routing, start)
         if not recompute:
