@@ -3,8 +3,9 @@
 What is kept for the backward pass is counted as in Korthikanti et al. 2022 (arXiv:2205.05198, section 4), for
 transformers' `GptOssDecoderLayer` under torch.compile with a fused attention; uncompiled layers keep more, such as fp32
 copies of the norms' inputs. The experts are counted after `training/modeling`: their weights lie packed or dense and
-are copied, a layer and a projection at a time, into a passing matrix in the arithmetic's precision. Not counted: the
-CUDA context and what the allocator loses between blocks, for which the caller leaves a margin.
+are copied, a layer and a projection at a time, into a passing matrix in the arithmetic's precision. Layers that workers
+share are counted after PyTorch's FSDP2 (`torch.distributed.fsdp.fully_shard`), which gathers one ahead. Not counted:
+the CUDA context and what the allocator loses between blocks, for which the caller leaves a margin.
 
 Shape legend: E experts, H hidden, I intermediate, K experts a token, R rank padded to a multiple of 8, S = T·K routed
 rows, T tokens, V vocabulary, C tokens of a chunk of the loss.
@@ -26,6 +27,10 @@ ADAPTER_BYTES = 16
 BUCKET_BYTES = 4
 """bytes a trainable parameter that data parallelism adds: the gradients' copy in the buckets of PyTorch's
 DistributedDataParallel without `gradient_as_bucket_view`"""
+
+GATHERED_LAYERS = 3
+"""layers that are whole in memory while another is gathered: the one that is computed, the buffer that it was gathered
+into, which FSDP2 frees one layer later, and the next one's buffer"""
 
 CHUNK_TOKENS = 32768
 """tokens that pass through a layer's experts at once (`training/modeling/experts_ops.py`)"""
@@ -57,6 +62,8 @@ class Recipe:
     """activations wait in host memory between the passes"""
     workers: int = 1
     """that train one model with data parallelism"""
+    shards: int = 1
+    """workers that share one copy of the base's layers; 1 where each worker holds them whole"""
 
     @property
     def tokens(self) -> int:
@@ -69,7 +76,7 @@ class TrainingMemory:
     """Bytes on one worker's device at the peak of a training step."""
 
     weights: int
-    """the frozen base"""
+    """of the frozen base, this worker's share"""
     adapters: int
     """with gradients and optimizer state"""
     activations: int
@@ -80,18 +87,23 @@ class TrainingMemory:
     """one layer's rows in the backward pass, and what it recomputes"""
     loss: int
     """logits of a chunk, the head's inputs and their gradient"""
+    gathered: int = 0
+    """layers of other workers' shares, whole for as long as they are computed"""
 
     @property
     def total(self) -> int:
         """The peak: the loss is done before the backward pass of the layers begins."""
-        return self.weights + self.adapters + self.activations + max(self.loss, self.dequantised + self.transient)
+        held = self.weights + self.gathered + self.adapters + self.activations
+        return held + max(self.loss, self.dequantised + self.transient)
 
     def __str__(self) -> str:
         """The parts, for a person."""
         experts = self.dequantised + self.transient
+        gathered = f", gathered layers {size(self.gathered)}" if self.gathered else ""
         return (
-            f"weights {size(self.weights)}, adapters {size(self.adapters)}, activations {size(self.activations)}, and "
-            f"the larger of loss {size(self.loss)} and one layer's backward pass {size(experts)}"
+            f"weights {size(self.weights)}{gathered}, adapters {size(self.adapters)}, activations "
+            f"{size(self.activations)}, and the larger of loss {size(self.loss)} and one layer's backward pass "
+            f"{size(experts)}"
         )
 
 
@@ -113,13 +125,55 @@ def training_memory(shape: ModelShape, recipe: Recipe) -> TrainingMemory:
         dequantised=dequantised_bytes(shape, recipe),
         transient=transient_bytes(shape, recipe),
         loss=loss_bytes(shape, recipe),
+        gathered=in_flight_bytes(shape, recipe),
     )
 
 
 def weight_bytes(shape: ModelShape, recipe: Recipe) -> int:
-    """The base's weights: the experts' in `base_precision`, all others in `precision`."""
+    """The base's weights that a worker holds: the experts' in `base_precision`, all others in `precision`.
+
+    root + layers / shards, where root is the embedding, the final norm and the head, whole on each worker. FSDP2 splits
+    a tensor along its first dimension, which is E in those of the experts: the worker with most holds
+    ⌈E / shards⌉ / E of them, and more shards than experts save nothing further.
+    """
+    experts, others = _layer_bytes(shape, recipe)
+    root = (2 * shape.vocab_size + 1) * shape.hidden_size * BYTES[recipe.precision]
+    most = -(-shape.num_local_experts // recipe.shards)
+    return root + experts * most // shape.num_local_experts + -(-others // recipe.shards)
+
+
+def in_flight_bytes(shape: ModelShape, recipe: Recipe) -> int:
+    """`GATHERED_LAYERS` layers whole, where layers are shared; none where they are not."""
+    if recipe.shards == 1:
+        return 0
+    return GATHERED_LAYERS * _padded_layers(shape, recipe) // shape.num_hidden_layers
+
+
+def gather_bytes(shape: ModelShape, recipe: Recipe) -> int:
+    """Bytes that a worker receives when it gathers every layer once; a step does so in each of its passes.
+
+    layers · (shards − 1) / shards, with the experts' rows padded to a multiple of `shards`, as FSDP2 sends them.
+    """
+    return _padded_layers(shape, recipe) * (recipe.shards - 1) // recipe.shards
+
+
+def step_gather_bytes(shape: ModelShape, recipe: Recipe, accumulation_steps: int) -> int:
+    """Bytes that a worker receives in an optimizer step: every micro-batch gathers forward and backward."""
+    return 2 * accumulation_steps * gather_bytes(shape, recipe)
+
+
+def _layer_bytes(shape: ModelShape, recipe: Recipe) -> tuple[int, int]:
+    """Of all layers: the experts' weights, with their scales where packed, and everything else."""
     bits = MXFP4_BITS if recipe.base_precision == "mxfp4" else 8 * BYTES[recipe.base_precision]
-    return round(shape.expert_parameters * bits / 8) + shape.other_parameters * BYTES[recipe.precision]
+    root = (2 * shape.vocab_size + 1) * shape.hidden_size
+    return round(shape.expert_parameters * bits / 8), (shape.other_parameters - root) * BYTES[recipe.precision]
+
+
+def _padded_layers(shape: ModelShape, recipe: Recipe) -> int:
+    """All layers as they are gathered."""
+    experts, others = _layer_bytes(shape, recipe)
+    most = -(-shape.num_local_experts // recipe.shards)
+    return experts * most * recipe.shards // shape.num_local_experts + others
 
 
 def dequantised_bytes(shape: ModelShape, recipe: Recipe) -> int:

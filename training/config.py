@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -186,15 +187,20 @@ class OptimizerConfig(Config):
     """AdamW weight decay"""
     maximum_gradient_norm: PositiveFloat = 1.0
     """gradients are clipped to this norm"""
+    tolerated_skips: NonNegativeInt = 10
+    """steps in a row that may be skipped because loss or gradients are not finite or explode; one more stops the run"""
 
 
 class BatchConfig(Config):
-    """How many rows make a step: micro_batch_size × accumulation_steps × workers."""
+    """How many rows make a step: global_batch_size, or else micro_batch_size × accumulation_steps × workers."""
 
     micro_batch_size: PositiveInt = 4
     """rows of up to data.sequence_length tokens in one forward and backward pass of one worker"""
     accumulation_steps: PositiveInt = 4
     """passes before the optimizer steps"""
+    global_batch_size: PositiveInt | None = None
+    """rows of an optimizer step over all workers, from which accumulation follows, whatever accumulation_steps says; by
+    default micro_batch_size × accumulation_steps × workers.count"""
     activation_checkpointing: Literal["auto", "none", "experts", "full"] = "auto"
     """what the backward pass computes again instead of keeping it: nothing, the experts' inner activations, or whole
     layers; auto takes the first of the three that fits the GPU's memory by arithmetic, and none on a CPU"""
@@ -223,6 +229,10 @@ class WorkersConfig(Config):
     """CPUs of each worker; also its number of CPU threads when it has no GPU"""
     retries: NonNegativeInt = 2
     """how often a run whose worker died starts again from its last checkpoint"""
+    strategy: Literal["auto", "data_parallel", "sharded", "hybrid"] = "auto"
+    """who holds the frozen base: data_parallel, each worker the whole; sharded, all workers together one copy, gathered
+    layer by layer; hybrid, the workers of each node one copy; auto takes the first of data_parallel, hybrid and sharded
+    that fits the GPU by arithmetic, and data_parallel on a CPU"""
 
 
 class RunConfig(Config):
@@ -231,7 +241,7 @@ class RunConfig(Config):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "gpt-oss-lora"
     """folder of the run below `storage`; the same name again resumes the run"""
     storage: str = "~/raysoner-runs"
-    """folder that every node reaches"""
+    """folder that every node reaches, or the URI of such a storage, as s3://bucket/runs"""
     epochs: PositiveFloat = 1.0
     """passes over the training data"""
     maximum_steps: PositiveInt | None = None
@@ -244,6 +254,10 @@ class RunConfig(Config):
     """steps between two checkpoints"""
     keep_checkpoints: PositiveInt = 2
     """newest checkpoints that are kept"""
+    keep_best: bool = True
+    """keep also the checkpoint with the lowest held-out loss, where `data.evaluation` is given"""
+    export: Literal["last", "best"] = "last"
+    """the finished adapter is that of the last step, or of the checkpoint with the lowest held-out loss"""
     seed: NonNegativeInt = 0
     """seed of adapters, data order and dropout"""
     tracker: Literal["tensorboard", "trackio", "wandb", "mlflow", "none"] = "tensorboard"
@@ -261,6 +275,12 @@ class TrainingConfig(Config):
     batch: BatchConfig = BatchConfig()
     workers: WorkersConfig = WorkersConfig()
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> TrainingConfig:
+        if self.run.export == "best" and not (self.data.evaluation and self.run.keep_best):
+            raise ValueError('run.export = "best" needs data.evaluation, whose loss decides, and run.keep_best = true')
+        return self
 
     @model_validator(mode="after")
     def _experts_can_be_adapted(self) -> TrainingConfig:
@@ -300,6 +320,26 @@ class TrainingConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _base_can_be_sharded(self) -> TrainingConfig:
+        strategy = self.workers.strategy
+        if strategy not in ("sharded", "hybrid") or self.can_shard:
+            return self
+        if self.batch.activation_offload:
+            raise ValueError(
+                f'workers.strategy = "{strategy}" gathers weights that batch.activation_offload would take for '
+                "activations and copy to the host; set it to false"
+            )
+        raise ValueError(
+            f'workers.strategy = "{strategy}" shards experts that model.experts = "grouped_lora" runs; set it so and '
+            'model.kernels = false, or workers.strategy = "data_parallel"'
+        )
+
+    @property
+    def can_shard(self) -> bool:
+        """Whether the base's layers can be sharded over workers."""
+        return self.model.experts == "grouped_lora" and not self.model.kernels and not self.batch.activation_offload
+
     @property
     def compiled(self) -> bool:
         """Whether layers are compiled."""
@@ -309,4 +349,10 @@ class TrainingConfig(Config):
     @property
     def global_batch_size(self) -> int:
         """Rows in one optimizer step, over all workers."""
-        return self.batch.micro_batch_size * self.batch.accumulation_steps * self.workers.count
+        batch = self.batch
+        return batch.global_batch_size or batch.micro_batch_size * batch.accumulation_steps * self.workers.count
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of each worker in one optimizer step."""
+        return math.ceil(self.global_batch_size / (self.batch.micro_batch_size * self.workers.count))

@@ -16,7 +16,7 @@ MODES: tuple[Checkpointing, ...] = ("none", "experts", "full")
 
 
 def choose_checkpointing(
-    config: TrainingConfig, shape: ModelShape, memory_bytes: int | None
+    config: TrainingConfig, shape: ModelShape, memory_bytes: int | None, shards: int = 1
 ) -> tuple[Checkpointing, str]:
     """What `batch.activation_checkpointing` comes to on a worker, and a sentence that says why.
 
@@ -27,6 +27,7 @@ def choose_checkpointing(
         config: of the run.
         shape: of its model.
         memory_bytes: of the worker's GPU, as CUDA reports the total; None without a GPU.
+        shards: workers that share one copy of the base; see `training.strategy`.
 
     Raises:
         ConfigError: `auto`, and not even "full" fits; or `lora.expert_layers` names a layer that the model lacks.
@@ -36,26 +37,35 @@ def choose_checkpointing(
     if chosen != "auto":
         return (
             chosen,
-            f"{chosen}: as batch.activation_checkpointing says{_against(config, shape, chosen, memory_bytes)}",
+            f"{chosen}: as batch.activation_checkpointing says{_against(config, shape, chosen, memory_bytes, shards)}",
         )
     if config.workers.gpus == 0:
         return "none", "none: there is no GPU to fit"
     if memory_bytes is None:
         raise ValueError("activation_checkpointing = auto needs the memory of the GPU")
     for mode in MODES:
-        if needed_bytes(config, shape, mode) <= memory_bytes:
-            return mode, f"{mode}: auto{_against(config, shape, mode, memory_bytes)}"
-    raise ConfigError(_does_not_fit(config, shape, memory_bytes))
+        if needed_bytes(config, shape, mode, shards) <= memory_bytes:
+            return mode, f"{mode}: auto{_against(config, shape, mode, memory_bytes, shards)}"
+    raise ConfigError(_does_not_fit(config, shape, memory_bytes, shards))
 
 
-def memory_of(config: TrainingConfig, shape: ModelShape, mode: Checkpointing) -> TrainingMemory:
+def memory_of(config: TrainingConfig, shape: ModelShape, mode: Checkpointing, shards: int = 1) -> TrainingMemory:
     """Memory of one worker's step by the run's settings, with activation checkpointing `mode`.
 
     Raises:
         ConfigError: `lora.expert_layers` names a layer that the model does not have.
     """
+    return training_memory(shape, recipe_of(config, shape, mode, shards))
+
+
+def recipe_of(config: TrainingConfig, shape: ModelShape, mode: Checkpointing, shards: int = 1) -> Recipe:
+    """The run's settings in the terms of `cluster.memory`.
+
+    Raises:
+        ConfigError: as `memory_of`.
+    """
     eager = config.model.attention == "eager" or (config.model.attention == "auto" and config.workers.gpus == 0)
-    recipe = Recipe(
+    return Recipe(
         base_precision=config.model.base_precision,
         precision=config.model.precision,
         rank=config.lora.rank,
@@ -68,13 +78,13 @@ def memory_of(config: TrainingConfig, shape: ModelShape, mode: Checkpointing) ->
         eager_attention=eager,
         offload=config.batch.activation_offload,
         workers=config.workers.count,
+        shards=shards,
     )
-    return training_memory(shape, recipe)
 
 
-def needed_bytes(config: TrainingConfig, shape: ModelShape, mode: Checkpointing) -> int:
+def needed_bytes(config: TrainingConfig, shape: ModelShape, mode: Checkpointing, shards: int = 1) -> int:
     """Memory that a worker's GPU must have: `memory_of` and the margin."""
-    return round(memory_of(config, shape, mode).total * (1 + MARGIN))
+    return round(memory_of(config, shape, mode, shards).total * (1 + MARGIN))
 
 
 def trainable_parameters(config: TrainingConfig, shape: ModelShape) -> int:
@@ -102,31 +112,46 @@ def adapted_expert_layers(config: TrainingConfig, shape: ModelShape) -> int:
     return len(layers)
 
 
-def _against(config: TrainingConfig, shape: ModelShape, mode: Checkpointing, memory_bytes: int | None) -> str:
+def _against(
+    config: TrainingConfig, shape: ModelShape, mode: Checkpointing, memory_bytes: int | None, shards: int
+) -> str:
     if memory_bytes is None:
         return ""
-    needed = needed_bytes(config, shape, mode)
+    needed = needed_bytes(config, shape, mode, shards)
     verdict = "" if needed <= memory_bytes else ", which does not fit by arithmetic"
     return f", {size(needed)} of {size(memory_bytes)}{verdict}"
 
 
-def _does_not_fit(config: TrainingConfig, shape: ModelShape, memory_bytes: int) -> str:
-    """The sentence, with what each remedy would come to."""
+def remedies(
+    config: TrainingConfig, shape: ModelShape, memory_bytes: int, shards: int = 1
+) -> tuple[dict[str, int], bool]:
+    """Settings that lower a worker's memory, with what each needs then: those that are enough if any is, else all.
+
+    The second value says whether they are enough.
+    """
     model, batch, data = config.model, config.batch, config.data
     packed = {"base_precision": "mxfp4", "experts": "grouped_lora"}
-    remedies = {}
+    others = {}
     if model.base_precision != "mxfp4":
-        remedies['model.base_precision = "mxfp4"'] = _with(config, "model", **packed)
+        others['model.base_precision = "mxfp4"'] = _with(config, "model", **packed)
     if batch.micro_batch_size > 1:
-        remedies["batch.micro_batch_size = 1"] = _with(config, "batch", micro_batch_size=1)
+        others["batch.micro_batch_size = 1"] = _with(config, "batch", micro_batch_size=1)
     half = max(1, data.sequence_length // 2)
-    remedies[f"data.sequence_length = {half}"] = _with(config, "data", sequence_length=half)
-    needs = {setting: needed_bytes(other, shape, "full") for setting, other in remedies.items()}
+    others[f"data.sequence_length = {half}"] = _with(config, "data", sequence_length=half)
+    needs = {setting: needed_bytes(other, shape, "full", shards) for setting, other in others.items()}
     enough = {setting: needed for setting, needed in needs.items() if needed <= memory_bytes}
-    offers = " or ".join(f"{setting} ({size(needed)})" for setting, needed in (enough or needs).items())
+    return (enough, True) if enough else (needs, False)
+
+
+def _does_not_fit(config: TrainingConfig, shape: ModelShape, memory_bytes: int, shards: int) -> str:
+    """The sentence, with what each remedy would come to."""
+    model, batch, data = config.model, config.batch, config.data
+    settings, enough = remedies(config, shape, memory_bytes, shards)
+    offers = " or ".join(f"{setting} ({size(needed)})" for setting, needed in settings.items())
     return (
-        f'{model.path} needs {size(needed_bytes(config, shape, "full"))} even with activation_checkpointing = "full", '
-        f"and the GPU has {size(memory_bytes)} ({memory_of(config, shape, 'full')}, and {MARGIN:.0%} of margin, with "
+        f"{model.path} needs {size(needed_bytes(config, shape, 'full', shards))} even with activation_checkpointing = "
+        f'"full"{f" and its layers shared by {shards} workers" if shards > 1 else ""}, and the GPU has '
+        f"{size(memory_bytes)} ({memory_of(config, shape, 'full', shards)}, and {MARGIN:.0%} of margin, with "
         f'model.base_precision = "{model.base_precision}", batch.micro_batch_size = {batch.micro_batch_size} and '
         f"data.sequence_length = {data.sequence_length}): "
         + (f"set {offers}, or use" if enough else f"{offers} would not be enough either, so use")

@@ -130,13 +130,16 @@ def assert_close(found: Outcome, expected: Outcome, tolerance: float) -> None:
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
-    """Every entry within `tolerance` of the largest one, which is not zero."""
+    """Within `tolerance` as a whole, by the norm, and each entry within three times that of the largest one."""
     assert found.shape == expected.shape, name
     assert found.isfinite().all(), name
-    largest = float(expected.detach().abs().max())
+    norm, largest = float(expected.detach().norm()), float(expected.detach().abs().max())
     assert largest > 0, name
-    difference = float((found - expected).detach().abs().max())
-    assert difference <= tolerance * largest, f"{name}: {difference:.2e} of {largest:.2e}"
+    apart = (found - expected).detach()
+    assert float(apart.norm()) <= tolerance * norm, f"{name}: {float(apart.norm()):.2e} of {norm:.2e}"
+    assert float(apart.abs().max()) <= 3 * tolerance * largest, (
+        f"{name}: {float(apart.abs().max()):.2e} of {largest:.2e}"
+    )
 
 
 def layer(base: Base, dtype: torch.dtype = torch.float32) -> Any:

@@ -133,6 +133,27 @@ def test_a_setting_changes_its_part(setting: str, value: object, parts: set[str]
     assert {part for part in vars(base) if getattr(base, part) != getattr(other, part)} == parts
 
 
+def test_sharing_the_base_changes_what_is_held_of_it_and_adds_what_is_gathered() -> None:
+    base, shared = (memory_of(configured(), GPT_OSS_20B, "none", shards) for shards in (1, 4))
+    assert {part for part in vars(base) if getattr(base, part) != getattr(shared, part)} == {"weights", "gathered"}
+    assert base.gathered == 0
+    assert "gathered layers" not in str(base)
+    assert shared.total == base.total - base.weights + shared.weights + shared.gathered
+    assert str(shared).startswith("weights 4.8 GiB, gathered layers 1.3 GiB, adapters ")
+
+
+def test_the_mode_is_chosen_for_a_number_of_shards() -> None:
+    """gpt-oss-120b on an H100: not whole, and with "experts" where two share it."""
+    config = configured(workers__count=2)
+    chosen, why = choose_checkpointing(config, GPT_OSS_120B, gpu("H100"), shards=2)
+    assert (chosen, why) == ("experts", "experts: auto, 68.7 GiB of 79.1 GiB")
+    with pytest.raises(ConfigError) as caught:
+        choose_checkpointing(config, GPT_OSS_120B, gpu("A100-40G"), shards=2)
+    assert 'activation_checkpointing = "full" and its layers shared by 2 workers, and the GPU has 39.3 GiB' in str(
+        caught.value
+    )
+
+
 def test_long_micro_batches_pass_through_the_experts_in_chunks() -> None:
     """Beyond a chunk pre-activations are never kept, and of the rows only the stream's 2 · T · H grow."""
     one, two = (configured(batch__micro_batch_size=rows) for rows in (17, 34))

@@ -1,13 +1,16 @@
-"""Loads gpt-oss with its experts in MXFP4, tensor by tensor from the checkpoint's files to the device.
+"""Loads gpt-oss tensor by tensor from the checkpoint's files to the device, whole or this worker's share of it.
 
 Files are memory-mapped and each tensor goes to the device in one copy, so that no more than one tensor is held twice;
-on a CPU a tensor that needs no conversion is the mapping itself. Reading the files is what takes the time. Shape
-legend: E experts, I input and O output features of one projection.
+on a CPU a whole tensor that needs no conversion is the mapping itself. Reading the files is what takes the time: of a
+sharded base each worker reads the rows that it keeps. Shape legend: E experts, I input and O output features of one
+projection.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,14 +18,17 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GptOssForCausalLM
 
 from cluster.artifacts import ArtifactError, check_checkpoint, some_of, tensor_files
 from cluster.model import EXPERT_PARAMETERS
 from training.data.places import first_line
-from training.modeling.mxfp4 import BLOCK, NAN_SCALE, quantise
+from training.modeling.mxfp4 import BLOCK, NAN_SCALE, dequantise, quantise
 from training.modeling.packed import PackedExperts
+from training.modeling.sharding import as_shard, own_rows, shard_layers
 
 WANTED = ("*.safetensors", "*.json", "*.jinja")
 """files of a hub repository that make a checkpoint folder"""
@@ -32,10 +38,18 @@ UNWANTED = ("*/*",)
 PACKED = ("U8",)
 FLOATS = ("BF16", "F16", "F32")
 """safetensors' names of dtypes"""
+ITEM_BYTES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
+"""bytes a number of each"""
 
 
 def load_packed(
-    path: str, dtype: torch.dtype, device: torch.device, *, attention: str, experts: str
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    attention: str,
+    experts: str,
+    mesh: DeviceMesh | None = None,
 ) -> GptOssForCausalLM:
     """A gpt-oss checkpoint on `device`, in evaluation mode, with `PackedExperts`.
 
@@ -48,19 +62,46 @@ def load_packed(
         device: where parameters and buffers live.
         attention: name in transformers' registry of attention implementations.
         experts: name in transformers' registry of experts implementations; see `PackedExperts`.
+        mesh: workers that the layers are sharded over, each of which reads its own rows; None keeps them whole.
 
     Raises:
         ArtifactError: the checkpoint cannot be downloaded, or a file or tensor of it is missing, of another shape,
             one too many or corrupted; the message names it.
     """
+    return _load(path, dtype, device, attention, experts, mesh, packed=True)
+
+
+def load_dense(
+    path: str, dtype: torch.dtype, device: torch.device, *, attention: str, experts: str, mesh: DeviceMesh
+) -> GptOssForCausalLM:
+    """A gpt-oss checkpoint sharded over `mesh`, in evaluation mode, its experts dense and in `dtype` like the rest.
+
+    MXFP4 experts are dequantised on load, an expert at a time, and each worker does so with its own alone. Arguments
+    and errors as in `load_packed`; whole dense models are transformers' `from_pretrained`'s.
+    """
+    return _load(path, dtype, device, attention, experts, mesh, packed=False)
+
+
+def _load(
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str,
+    experts: str,
+    mesh: DeviceMesh | None,
+    *,
+    packed: bool,
+) -> GptOssForCausalLM:
     folder = checkpoint_folder(path)
     check_checkpoint(folder)
     config = AutoConfig.from_pretrained(folder)
     config.name_or_path = path
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = without_weights(config, dtype, attention, experts)
-    with Checkpoint(folder, device) as checkpoint:
+    model = without_weights(config, dtype, attention, experts, packed=packed)
+    if mesh is not None:
+        shard_layers(model, mesh)
+    with Checkpoint(folder, device, _shares(model)) as checkpoint:
         _fill(model, checkpoint, dtype)
     # Computed on the CPU, as from_pretrained does: powers differ between devices in the last bit.
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
@@ -89,16 +130,23 @@ def checkpoint_folder(path: str) -> Path:
 class Checkpoint:
     """The tensors of a checkpoint folder, each read once, with progress on a terminal.
 
+    Args:
+        folder: of the checkpoint.
+        device: where tensors go.
+        shares: by tensor name, the rows of dimension 0 that are read of it; a tensor without an entry is read whole.
+
     Raises:
         ArtifactError: a file is missing or cut short.
     """
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(self, folder: Path, device: torch.device, shares: Mapping[str, slice] | None = None) -> None:
         # safetensors takes "cuda" for GPU 0, torch for the current one.
         current = device.type == "cuda" and device.index is None
         self.device = torch.device("cuda", torch.cuda.current_device()) if current else device
         self.folder = folder
         self.files = tensor_files(folder)
+        self.read_bytes = 0
+        self._shares = shares or {}
         self._unread = set(self.files)
         self._stack = ExitStack()
         paths = sorted(set(self.files.values()))
@@ -108,7 +156,7 @@ class Checkpoint:
         self._progress = self._stack.enter_context(
             tqdm(
                 desc="loading",
-                total=sum(path.stat().st_size for path in paths),
+                total=sum(self._size(name) for name in self.files),
                 unit="B",
                 unit_scale=True,
                 disable=None if _first_rank() else True,
@@ -128,18 +176,23 @@ class Checkpoint:
         return name in self.files
 
     def tensor(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...] = FLOATS) -> torch.Tensor:
-        """The tensor `name` on the device, in the file's dtype.
+        """The tensor `name` of `shape`, or this worker's rows of it, on the device and in the file's dtype.
 
         Raises:
             ArtifactError: there is none, or it has another shape or dtype.
         """
-        self._slice(name, shape, dtypes)
-        tensor: torch.Tensor = self._open[self.files[name]].get_tensor(name)
-        self._progress.update(tensor.nbytes)
+        view = self._slice(name, shape, dtypes)
+        share = self._shares.get(name)
+        tensor: torch.Tensor = (
+            self._open[self.files[name]].get_tensor(name) if share is None else view[share].to(self.device)
+        )
+        self._count(tensor)
         return tensor
 
     def packed(self, name: str, shape: tuple[int, int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Blocks, uint8 of `shape` [E, O, I/32, 16], and scales, uint8 [E, O, I/32], of the experts' weight `name`.
+
+        Where this worker has a share of `name`, both are of its experts alone.
 
         Raises:
             ArtifactError: as `tensor`, or a value is not a number.
@@ -154,6 +207,22 @@ class Checkpoint:
             )
         return self.tensor(f"{name}_blocks", shape, PACKED), scales
 
+    def dense(self, name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
+        """The experts' weight `name` of `shape` [E, I, O], or this worker's experts of it, in `dtype`.
+
+        Raises:
+            ArtifactError: as `packed`.
+        """
+        if name in self:
+            return self.tensor(name, shape).to(dtype)
+        experts, inputs, outputs = shape
+        blocks, scales = self.packed(name, (experts, outputs, inputs // BLOCK, BLOCK // 2))
+        weight = torch.empty(len(blocks), inputs, outputs, dtype=dtype, device=self.device)
+        for expert in range(len(blocks)):
+            part = slice(expert, expert + 1)
+            weight[part] = dequantise(blocks[part], scales[part], dtype)
+        return weight
+
     def refuse_unread(self) -> None:
         """Raises ArtifactError where a tensor was not asked for."""
         if self._unread:
@@ -167,13 +236,14 @@ class Checkpoint:
         """As `packed`, from a weight [E, I, O]; one expert of it is held at a time."""
         experts, outputs, groups, _ = shape
         weight = self._slice(name, (experts, groups * BLOCK, outputs), FLOATS)
-        blocks = torch.empty(shape, dtype=torch.uint8, device=self.device)
-        scales = torch.empty(shape[:-1], dtype=torch.uint8, device=self.device)
-        for expert in range(experts):
+        own = range(experts)[self._shares.get(name, slice(None))]
+        blocks = torch.empty(len(own), *shape[1:], dtype=torch.uint8, device=self.device)
+        scales = torch.empty(len(own), *shape[1:-1], dtype=torch.uint8, device=self.device)
+        for place, expert in enumerate(own):
             values = weight[expert : expert + 1].to(self.device)
-            self._progress.update(values.nbytes)
+            self._count(values)
             try:
-                blocks[expert : expert + 1], scales[expert : expert + 1] = quantise(values)
+                blocks[place : place + 1], scales[place : place + 1] = quantise(values)
             except ValueError as error:
                 raise ArtifactError(
                     f"{self.files[name]}: {name} of expert {expert} cannot be packed: {error}"
@@ -194,16 +264,37 @@ class Checkpoint:
         self._unread.discard(name)
         return view
 
+    def _size(self, name: str) -> int:
+        """Bytes that will be read of a tensor."""
+        view = self._open[self.files[name]].get_slice(name)
+        rows, *row = view.get_shape() or [1]
+        own = len(range(rows)[self._shares.get(name, slice(None))])
+        return own * int(prod(row)) * ITEM_BYTES.get(view.get_dtype(), 1)
 
-def without_weights(config: Any, dtype: torch.dtype, attention: str, experts: str) -> GptOssForCausalLM:
-    """The model that `config` describes, on the meta device, its experts packed."""
+    def _count(self, tensor: torch.Tensor) -> None:
+        self.read_bytes += tensor.nbytes
+        self._progress.update(tensor.nbytes)
+
+
+def without_weights(
+    config: Any, dtype: torch.dtype, attention: str, experts: str, *, packed: bool = True
+) -> GptOssForCausalLM:
+    """The model that `config` describes, on the meta device, its experts packed or transformers' own."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention, experts_implementation=experts, trust_remote_code=False
         )
-        for layer in model.model.layers:
+        for layer in model.model.layers if packed else ():
             layer.mlp.experts = PackedExperts(model.config, dtype)
     return model
+
+
+def _shares(model: GptOssForCausalLM) -> dict[str, slice]:
+    """This worker's rows of the checkpoint's tensors that become sharded parameters; packed experts are two tensors."""
+    shares = {name: own_rows(weight) for name, weight in model.named_parameters() if isinstance(weight, DTensor)}
+    for name in [name for name in shares if name.endswith(EXPERT_PARAMETERS)]:
+        shares |= dict.fromkeys((f"{name}_blocks", f"{name}_scales"), shares[name])
+    return shares
 
 
 def _fill(model: GptOssForCausalLM, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
@@ -212,7 +303,9 @@ def _fill(model: GptOssForCausalLM, checkpoint: Checkpoint, dtype: torch.dtype) 
     Every other tensor takes `dtype`, as in from_pretrained: gpt-oss's `_keep_in_fp32_modules` is about fp16 alone.
     """
     for name, parameter in list(model.named_parameters()):
-        if name.endswith(EXPERT_PARAMETERS):
+        if name.endswith(EXPERT_PARAMETERS) and parameter.is_floating_point():
+            _put(model, name, checkpoint.dense(name, parameter.shape, dtype))
+        elif name.endswith(EXPERT_PARAMETERS):
             blocks, scales = checkpoint.packed(name, parameter.shape)
             _put(model, name, blocks)
             _put(model, f"{name}_scales", scales)
@@ -231,9 +324,11 @@ def _fill(model: GptOssForCausalLM, checkpoint: Checkpoint, dtype: torch.dtype) 
 
 
 def _put(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put `tensor`, this worker's rows of it where it is sharded, in the place of the parameter `name`."""
     module, _, parameter = name.rpartition(".")
-    filled = torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-    setattr(model.get_submodule(module), parameter, filled)
+    old = model.get_parameter(name)
+    value = as_shard(tensor, old) if isinstance(old, DTensor) else tensor
+    setattr(model.get_submodule(module), parameter, torch.nn.Parameter(value, requires_grad=old.requires_grad))
 
 
 def _first_rank() -> bool:
