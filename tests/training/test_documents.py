@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.harmony import Codec
+from cluster.harmony import Codec, Example, Label
 from training.config import DataConfig
 from training.data.collator import IGNORED, Collator
 from training.data.conversations import DataError, parts, read_part
@@ -114,6 +114,86 @@ def test_data_without_a_trained_token_is_refused(tmp_path: Path) -> None:
         config = DataConfig.model_validate({"train": str(tmp_path / "data.jsonl"), **fields})
         with pytest.raises(DataError, match=r"no token is trained by data\.train_on"):
             require_trained_tokens("data.jsonl", counts, config)
+
+
+def called(*more: dict[str, Any]) -> dict[str, Any]:
+    """A conversation in which the assistant calls a tool, and what follows."""
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 3}'}}
+    turn = {"role": "assistant", "content": "", "thinking": "Deux plus trois.", "tool_calls": [call]}
+    return {"messages": [RECORD["messages"][1], turn, *more]}
+
+
+def test_ends_of_turns_are_counted_where_they_are_trained(tmp_path: Path) -> None:
+    """Not in history, where an earlier call has the same end."""
+    answered = called({"role": "tool", "name": "add", "content": "5"}, RECORD["messages"][2])
+    asked_again = called({"role": "tool", "name": "add", "content": "5"}, *TWO_TURNS["messages"][1:])
+    for records, final, commentary in (
+        ([RECORD], 1, 0),
+        ([TWO_TURNS], 2, 0),
+        ([called()], 0, 1),
+        ([answered], 1, 1),
+        ([asked_again, RECORD], 3, 1),
+    ):
+        _, counts = read(tmp_path, *records)
+        assert (counts["final_stops"], counts["commentary_stops"], counts["unended"]) == (final, commentary, 0)
+
+
+@pytest.mark.parametrize(
+    ("record", "fields", "refused"),
+    [
+        (RECORD, {}, False),
+        (called(), {}, False),
+        (RECORD, {"train_on": ("analysis",)}, False),
+        (RECORD, {"train_on": ("analysis", "commentary")}, True),
+        (called(), {"train_on": ("analysis", "commentary")}, False),
+        (called(), {"train_on": ("analysis", "final")}, True),
+        (called(), {"weights": {"commentary": 0.0}}, True),
+    ],
+)
+def test_data_that_would_not_teach_to_stop_is_refused(
+    tmp_path: Path, record: dict[str, Any], fields: dict[str, Any], refused: bool
+) -> None:
+    _, counts = read(tmp_path, record)
+    config = DataConfig.model_validate({"train": str(tmp_path / "data.jsonl"), **fields})
+    if not refused:
+        require_trained_tokens("data.jsonl", counts, config)
+        return
+    with pytest.raises(DataError, match=r'no <\|return\|> or <\|call\|> is trained.*add "final" to data\.train_on'):
+        require_trained_tokens("data.jsonl", counts, config)
+
+
+def test_a_split_must_leave_some_end_that_is_trained(tmp_path: Path) -> None:
+    """The first token of a piece is not trained: here that is the end of the turn."""
+    (whole,), _ = read(tmp_path, RECORD)
+    lengths = {"whole": len(whole.tokens), "cut": len(whole.tokens) - 1, "kept": len(whole.tokens) - 2}
+    for name, length in lengths.items():
+        _, counts = read(tmp_path, RECORD, sequence_length=length, long_documents="split")
+        assert (counts["final_stops"], counts["unended"]) == (name != "cut", 0)
+    config = DataConfig(train=str(tmp_path / "data.jsonl"))
+    _, counts = read(tmp_path, RECORD, sequence_length=lengths["cut"], long_documents="split")
+    with pytest.raises(DataError, match=r"raise data\.sequence_length if it cuts every turn"):
+        require_trained_tokens("data.jsonl", counts, config)
+
+
+@pytest.mark.parametrize(("token", "label"), [("<|end|>", Label.FINAL), ("<|return|>", Label.PROMPT)])
+def test_a_turn_without_its_end_is_found(
+    tmp_path: Path, token: str, label: Label, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a codec would render it that took another token, or another's label, for the end."""
+    good = CODEC.render_all
+
+    def render_all(conversations: Any) -> Any:
+        for examples in good(conversations):
+            yield [
+                Example([*tokens[:-1], CODEC.ids[token]], labels[:-1] + bytes((label,))) for tokens, labels in examples
+            ]
+
+    monkeypatch.setattr(CODEC, "render_all", render_all)
+    _, counts = read(tmp_path, RECORD)
+    assert (counts["unended"], counts["final_stops"]) == (1, 0)
+    config = DataConfig(train=str(tmp_path / "data.jsonl"))
+    with pytest.raises(DataError, match=r"1 assistant turns do not end in <\|return\|> or <\|call\|>.*tokenizer\.json"):
+        require_trained_tokens("data.jsonl", counts, config)
 
 
 def test_batches_hold_positions_that_begin_again_and_weights_by_channel(tmp_path: Path) -> None:

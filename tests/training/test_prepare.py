@@ -17,7 +17,8 @@ from training.config import DataConfig
 from training.data import prepare as module
 from training.data.conversations import parts
 from training.data.documents import Counts
-from training.data.prepare import content_hash, packed_rows, prepare_part, read_prepared, shard_files
+from training.data.prepare import content_hash, packed_rows, prepare_part, read_prepared
+from training.data.shards import shard_files
 
 TOKENIZER = "training/demo/model"
 DATA = Path("training/demo/data/train.jsonl")
@@ -131,6 +132,9 @@ def test_shards_hold_all_tokens_of_the_part(data: Path, tmp_path: Path) -> None:
     assert [row["tokens"] for row in rows] == [row.tokens.tolist() for row in made]
     assert all(row["size"] == len(row["tokens"]) == len(row["labels"]) == sum(row["lengths"]) for row in rows)
     assert sum(row["size"] for row in rows) == counts["tokens"]
+    summary = json.loads((tmp_path / "part-00001.json").read_text())
+    assert summary["counts"] == counts
+    assert counts["final_stops"] + counts["commentary_stops"] == counts["documents"] > 0
 
 
 @pytest.mark.fault

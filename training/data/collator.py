@@ -19,7 +19,8 @@ class Collator:
 
     `input_ids` [B, T], `labels` [B, T] (the token, or `IGNORED`) and `position_ids` [B, T], which begin at 0 with each
     document and with the padding. `loss_weights` [B, T] fp32 is there when a trained channel's weight is not 1. There
-    is no attention mask: documents are told apart by their positions (`training.modeling.isolation`).
+    is no attention mask: documents are told apart by their positions (`training.modeling.isolation`). A row without
+    tokens is padding from end to end; T is at least 1.
 
     Args:
         weights: of the loss, by channel; a channel that is missing or has weight 0 is not trained.
@@ -37,7 +38,7 @@ class Collator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """The batch of `rows`, each with `tokens`, `labels` and `lengths` as in a shard."""
-        longest = max(len(row["tokens"]) for row in rows)
+        longest = max(1, *(len(row["tokens"]) for row in rows))
         shape = (len(rows), -(-longest // self.multiple) * self.multiple)
         tokens = np.full(shape, self.padding_token, np.int64)
         targets = np.full(shape, IGNORED, np.int64)
@@ -46,7 +47,7 @@ class Collator:
         for index, row in enumerate(rows):
             used = len(row["tokens"])
             tokens[index, :used] = row["tokens"]
-            weights[index, :used] = self.weight_of_label[np.asarray(row["labels"])]
+            weights[index, :used] = self.weight_of_label[np.asarray(row["labels"], np.intp)]
             start = 0
             for length in (*row["lengths"], shape[1] - used):
                 positions[index, start : start + length] = np.arange(length)

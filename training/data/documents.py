@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cluster.harmony import CHANNEL_LABELS, Codec, Label
+from cluster.harmony import CHANNEL_LABELS, TRAINABLE, Codec, Label
 from training.config import DataConfig
 from training.data.conversations import DataError, Place, SourcedConversation
 
@@ -22,8 +22,9 @@ class Document(NamedTuple):
 
 
 class Counts(Counter[str]):
-    """What went into documents: conversations, documents, tokens, `longest`, tokens of each trainable channel, and
-    documents that were `split` or `dropped` for their length.
+    """What went into documents: conversations, documents, tokens, `longest`, tokens of each trainable channel, those of
+    them that are `<|return|>` or `<|call|>` (`final_stops`, `commentary_stops`), and assistant turns that were `split`
+    or `dropped` for their length, or `unended`: their last token is not trainable, or not `<|return|>` or `<|call|>`.
     """
 
     def add(self, other: Counter[str]) -> None:
@@ -52,13 +53,29 @@ def require_documents(path: str, counts: Mapping[str, int]) -> None:
 
 
 def require_trained_tokens(path: str, counts: Mapping[str, int], config: DataConfig) -> None:
-    """See that something will be learned.
+    """See that something will be learned, and that where to stop is.
+
+    A run that trains analysis alone leaves answers, and so their ends, to the base model.
 
     Raises:
-        DataError: no token of the data is in a channel that `config` trains.
+        DataError: no token of the data is in a channel that `config` trains; or no end of an assistant turn is; or some
+            turns have no end that could be.
     """
-    if not any(counts.get(channel, 0) for channel, weight in config.loss_weights.items() if weight):
+    channels = [channel for channel, weight in config.loss_weights.items() if weight]
+    if not any(counts.get(channel, 0) for channel in channels):
         raise DataError(path, f"no token is trained by data.train_on = {config.train_on} with data.weights")
+    if unended := counts.get("unended", 0):
+        raise DataError(
+            path,
+            f"{unended} assistant turns do not end in <|return|> or <|call|> as the assistant's token, and would teach "
+            "the model to go on for ever; prepare the data with the tokenizer.json of the base model",
+        )
+    if channels != ["analysis"] and not any(counts.get(f"{channel}_stops", 0) for channel in channels):
+        raise DataError(
+            path,
+            f"no <|return|> or <|call|> is trained by data.train_on = {config.train_on}, so the model would not learn "
+            'to stop; add "final" to data.train_on, or raise data.sequence_length if it cuts every turn before its end',
+        )
 
 
 def read_documents(
@@ -80,7 +97,8 @@ def read_documents(
     for item, examples in zip(items, codec.render_all(item.conversation for item in rendered), strict=True):
         counts["conversations"] += 1
         for tokens, labels in examples:
-            yield from _fit(item.source, np.array(tokens, np.int32), np.frombuffer(labels, np.uint8), config, counts)
+            whole = Document(np.array(tokens, np.int32), np.frombuffer(labels, np.uint8))
+            yield from _fit(item.source, whole, codec.stop_tokens, config, counts)
 
 
 def _or_raise(item: SourcedConversation | DataError) -> SourcedConversation:
@@ -90,9 +108,9 @@ def _or_raise(item: SourcedConversation | DataError) -> SourcedConversation:
 
 
 def _fit(
-    source: Place, tokens: np.ndarray, labels: np.ndarray, config: DataConfig, counts: Counts
+    source: Place, whole: Document, stop_tokens: tuple[int, ...], config: DataConfig, counts: Counts
 ) -> Iterator[Document]:
-    longest = config.sequence_length
+    (tokens, labels), longest = whole, config.sequence_length
     counts["longest"] = max(counts["longest"], len(tokens))
     if len(tokens) > longest:
         if config.long_documents == "error":
@@ -104,16 +122,20 @@ def _fit(
         counts["split" if config.long_documents == "split" else "dropped"] += 1
         if config.long_documents == "drop":
             return
+    counts["unended"] += tokens[-1] not in stop_tokens or labels[-1] not in TRAINABLE
     for start in range(0, len(tokens), longest):
         piece = Document(tokens[start : start + longest], labels[start : start + longest])
-        _count(piece, counts)
+        _count(piece, stop_tokens, counts)
         yield piece
 
 
-def _count(document: Document, counts: Counts) -> None:
+def _count(document: Document, stop_tokens: tuple[int, ...], counts: Counts) -> None:
     """The first token of a document is never trained: nothing stands before it to tell it from."""
-    by_label = np.bincount(document.labels[1:], minlength=max(Label) + 1)
+    tokens, labels = document.tokens[1:], document.labels[1:]
+    by_label = np.bincount(labels, minlength=max(Label) + 1)
+    stops = np.bincount(labels[np.isin(tokens, stop_tokens)], minlength=max(Label) + 1)
     counts["documents"] += 1
     counts["tokens"] += len(document.tokens)
     for channel, label in CHANNEL_LABELS.items():
         counts[channel] += int(by_label[label])
+        counts[f"{channel}_stops"] += int(stops[label])

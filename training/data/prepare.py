@@ -26,14 +26,15 @@ from training.data.conversations import DataError, Part, parts, read_part
 from training.data.documents import Counts, read_documents, require_documents
 from training.data.names import is_hub_id
 from training.data.packing import Row, pack
-from training.data.places import open_filesystem
+from training.data.places import first_line, open_filesystem
 from training.data.shards import write_shard
 
-FORMAT = 1
+FORMAT = 2
 """of the shards; a change makes all that were made before useless"""
 ROWS_IN_SHARD = 4096
 PART_BYTES = 64 * 2**20
 MANIFEST = "prepared.json"
+TOKENIZER = "tokenizer.json"
 PROGRESS_SECONDS = 10.0
 BLOCK_BYTES = 1 << 20
 
@@ -55,7 +56,9 @@ class Prepared(BaseModel):
         return self.counts["tokens"] / max(1, self.rows * self.sequence_length)
 
 
-def prepare(path: str, config: DataConfig, tokenizer_folder: str, storage: str, seed: int) -> Path:
+def prepare(
+    path: str, config: DataConfig, tokenizer_folder: str, storage: str, seed: int, *, spread: bool = True
+) -> Path:
     """Shards of the data set at `path` below `storage`, made now or found; returns their folder.
 
     An interrupted job goes on with the parts that are missing. Ray must be initialised.
@@ -63,9 +66,10 @@ def prepare(path: str, config: DataConfig, tokenizer_folder: str, storage: str, 
     Args:
         path: as `training.data.sources.parts` takes it.
         config: of the data.
-        tokenizer_folder: checkpoint folder that every node reaches.
+        tokenizer_folder: checkpoint folder that every node reaches, or hub id.
         storage: folder that every node reaches.
         seed: of the order in which documents share rows.
+        spread: over the cluster; else this process does the work, and only it need reach `storage`.
 
     Raises:
         DataError: a broken record, by its place, or there is no conversation; nothing is left behind.
@@ -88,7 +92,7 @@ def prepare(path: str, config: DataConfig, tokenizer_folder: str, storage: str, 
         if not _summary(folder, number).is_file()
     ]
     try:
-        _run(tasks, path)
+        _run(tasks, path, spread)
         _finish(folder, path, config, len(pieces))
     except DataError:
         shutil.rmtree(folder, ignore_errors=True)
@@ -101,11 +105,6 @@ def read_prepared(folder: Path) -> Prepared:
     return Prepared.model_validate_json((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
-def shard_files(folder: Path) -> list[str]:
-    """The folder's shards in order."""
-    return sorted(str(file) for file in folder.glob("part-*.parquet"))
-
-
 def content_hash(pieces: Sequence[Part], config: DataConfig, tokenizer_folder: str, seed: int) -> str:
     """Names everything the shards depend on: the bytes of the data and of the tokenizer, settings and seed.
 
@@ -114,7 +113,7 @@ def content_hash(pieces: Sequence[Part], config: DataConfig, tokenizer_folder: s
     digest = hashlib.sha256()
     settings = config.model_dump(mode="json", include={"columns", "sequence_length", "packing", "long_documents"})
     digest.update(json.dumps([FORMAT, PART_BYTES, seed, settings], sort_keys=True).encode())
-    files = [str(Path(tokenizer_folder) / "tokenizer.json"), *dict.fromkeys(part.file for part in pieces)]
+    files = [str(tokenizer_file(tokenizer_folder)), *dict.fromkeys(part.file for part in pieces)]
     for file in files:
         digest.update(file.encode() if is_hub_id(file) else _file_hash(file))
     return digest.hexdigest()[:20]
@@ -152,14 +151,14 @@ def prepare_part(task: dict[str, Any]) -> dict[str, Any]:
     return {"number": number, "error": None}
 
 
-def _run(tasks: list[dict[str, Any]], path: str) -> None:
-    """Do the tasks on the cluster and say how far they are.
+def _run(tasks: list[dict[str, Any]], path: str, spread: bool) -> None:
+    """Do the tasks, on the cluster where they are to be spread, and say how far they are.
 
     Raises:
         DataError: a broken record; the job ends soon after the first that is met.
         OSError: a shard could not be written.
     """
-    if len(tasks) < 2:  # a job's start would take longer than the work
+    if not spread or len(tasks) < 2:  # a job's start would take longer than the work
         for task in tasks:
             _raise_error(_attempt(task))
         return
@@ -221,7 +220,26 @@ def _summary(folder: Path, number: int) -> Path:
 
 @lru_cache(maxsize=1)
 def _codec(folder: str) -> Codec:
-    return Codec.from_folder(folder)
+    return Codec.from_folder(tokenizer_file(folder).parent)
+
+
+def tokenizer_file(folder: str) -> Path:
+    """`tokenizer.json` of a checkpoint folder, or of the hub's repository of this id, downloaded.
+
+    Raises:
+        DataError: it cannot be downloaded.
+    """
+    if Path(folder).is_dir():
+        return Path(folder) / TOKENIZER
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(folder, TOKENIZER))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"model.path = {folder}: {TOKENIZER} cannot be downloaded from the hub ({first_line(error)}); check the "
+            "name and the connection, or give a checkpoint folder"
+        ) from None
 
 
 def _file_hash(file: str) -> bytes:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet
+from datasets import Dataset
 
 from cluster.artifacts import publish_file
 from training.data.packing import Row
+from training.data.places import open_filesystem
 
 SCHEMA = pa.schema(
     [
@@ -36,6 +39,28 @@ def write_shard(rows: Sequence[Row], path: Path) -> None:
     table = pa.Table.from_arrays(columns, schema=SCHEMA)
     with publish_file(path) as scratch:
         pyarrow.parquet.write_table(table, scratch, compression="zstd", row_group_size=ROWS_IN_GROUP)
+
+
+def shard_files(folder: Path) -> list[str]:
+    """The shards of a folder, in order."""
+    return sorted(str(file) for file in folder.glob("part-*.parquet"))
+
+
+def read_shards(place: str, scratch: Path) -> Dataset:
+    """The rows of a folder of shards, memory-mapped.
+
+    Args:
+        place: the folder, or its URI, from where the shards are copied first.
+        scratch: folder on this node, for that.
+    """
+    if "://" not in place:
+        return Dataset.from_parquet(shard_files(Path(place)))
+    source, inner = open_filesystem(place)
+    copy = scratch / Path(inner).name
+    copy.mkdir(exist_ok=True)
+    local = pyarrow.fs.LocalFileSystem()
+    pyarrow.fs.copy_files(inner, str(copy), source_filesystem=source, destination_filesystem=local)
+    return Dataset.from_parquet(shard_files(copy), cache_dir=str(scratch / "rows"))
 
 
 def _lists(arrays: Sequence[np.ndarray], kind: pa.DataType) -> pa.Array:
