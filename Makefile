@@ -4,7 +4,7 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-faults check bench clean
 
 # Fine-tune on two workers, merge, serve, and ask held-out questions over HTTP.
 demo: .venv/installed
@@ -13,6 +13,10 @@ demo: .venv/installed
 # Everything that must hold: check, then all tests.
 test: check
 	$(BIN)/python -m pytest -q
+
+# The long form of the fault tests: twenty killed workers in one run, figures kept in tests/benchmarks/results.
+test-faults: .venv/installed
+	RAYSONER_FAULTS=long $(BIN)/python -m pytest -q -m fault
 
 # Format, lint, types, import rules, and that every shipped TOML loads.
 check: .venv/installed
@@ -27,6 +31,7 @@ bench: .venv/installed
 	$(BIN)/python -m tests.benchmarks.demo
 	$(BIN)/python -m tests.benchmarks.data
 	$(BIN)/python -m tests.benchmarks.train_step
+	$(BIN)/python -m tests.benchmarks.distributed
 
 clean:
 	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info

@@ -53,14 +53,20 @@ def _run(arguments: list[str]) -> int:
 
     from ray.train import TrainingFailedError
 
-    from training.driver import run
+    from training.driver import RunFailed, run
 
     try:
-        adapter = run(config)
+        outcome = run(config)
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except TrainingFailedError as error:
         print(f"error: training failed: {error}", file=sys.stderr)
         return 1
-    print(f"adapter   {adapter}")
+    if outcome.adapter is None:
+        print(f"stopped   at step {outcome.step}, which is saved; the same command goes on from there")
+        return outcome.exit_code
+    print(f"adapter   {outcome.adapter}")
     return 0
 
 

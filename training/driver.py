@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs
 import ray
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from cluster.artifacts import MANIFEST, publish, write_manifest
 from cluster.config import ConfigError
-from training.callbacks import CHECKPOINT_FOLDER
+from cluster.model import ModelShape
+from cluster.placement import GpuNode, describe_nodes, gpu_nodes, workers_per_node
+from cluster.storage import Storage, below, without_secrets
+from training.claim import claim
 from training.config import TrainingConfig
 from training.data.documents import require_trained_tokens
 from training.data.places import absolute
-from training.data.prepare import prepare, read_prepared
+from training.data.prepare import MANIFEST as PREPARED
+from training.data.prepare import Prepared, prepare, read_prepared
+from training.export import export_adapter, exported
+from training.keeping import open_store
+from training.stopping import stopping_by_signal
+from training.strategy import choose_strategy
 from training.worker import train_loop
 
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "TOKENIZERS_PARALLELISM": "false",
@@ -33,74 +38,105 @@ WORKER_ENVIRONMENT = {
 }
 """with Ray's print patch every line of a worker reaches the driver twice; expandable segments keep the allocator from
 losing memory between the large matrices that come and go in each layer"""
-PACKAGES = ("ray", "torch", "transformers", "trl", "peft")
-RESUMABLE = frozenset(
-    {("run", "logging_steps"), ("run", "keep_checkpoints"), ("run", "tracker"), ("workers", "retries")}
-)
-"""settings that may differ when a run is resumed; any other would make two halves of one run disagree"""
 
 
-def run(config: TrainingConfig) -> Path:
-    """Train, or resume the run of this name, and return the folder of the finished adapter.
+class RunFailed(RuntimeError):  # noqa: N818
+    """The run ended on something that another try would meet again; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    adapter: str | None
+    """where the finished adapter lies; None when the run was stopped before its end"""
+    step: int = 0
+    """that was saved last, where it was stopped"""
+    exit_code: int = 0
+    """130 or 143 after a signal"""
+
+
+def run(config: TrainingConfig) -> Outcome:
+    """Train, or go on with the run of this name.
 
     Raises:
         ConfigError: the cluster lacks what the run asks for, the storage cannot be written, or the name belongs to a
             run with other settings.
+        RunFailed: the workers met an error that one sentence tells.
         ray.train.TrainingFailedError: a worker failed more often than `workers.retries`.
     """
     config = locate(config)
-    folder = Path(config.run.storage) / config.run.name
-    adapter = folder / "adapter"
+    storage = Storage.at(config.run.storage).child(config.run.name)
     with _writing(config.run.storage):
-        _claim(folder, config)
-    if (adapter / MANIFEST).is_file():
-        return adapter
+        Storage.at(config.run.storage).probe()
+        config = claim(storage, config)
+        if adapter := exported(storage):
+            return Outcome(adapter)
     connect()
     check_resources(config, ray.cluster_resources())
-    trainer = TorchTrainer(
-        train_loop,
-        train_loop_config={"config": config.model_dump(mode="json"), **prepare_data(config)},
-        scaling_config=ScalingConfig(
-            num_workers=config.workers.count,
-            use_gpu=config.workers.gpus > 0,
-            resources_per_worker=resources_per_worker(config),
-        ),
-        run_config=RunConfig(
-            name=config.run.name,
-            storage_path=config.run.storage,
-            failure_config=FailureConfig(max_failures=config.workers.retries),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.run.keep_checkpoints),
-            logging_config=LoggingConfig(log_level="WARNING"),
-            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
-        ),
-    )
-    result = trainer.fit()
-    if result.checkpoint is None:
-        raise RuntimeError("the run ended without a checkpoint")
-    with result.checkpoint.as_directory() as checkpoint, publish(adapter) as scratch:
-        for name in ADAPTER_FILES:
-            pyarrow.fs.copy_files(str(Path(checkpoint) / CHECKPOINT_FOLDER / name), str(scratch / name))
-        details = {"config": config.model_dump(mode="json"), "metrics": result.metrics, "versions": _versions()}
-        write_manifest(scratch, "adapter", config.model.path, details)
-    return adapter
+    check_memory(config, gpu_nodes(ray.nodes()))
+    with stopping_by_signal() as stop:
+        trainer = TorchTrainer(
+            train_loop,
+            train_loop_config={"config": config.model_dump(mode="json"), **prepare_data(config)},
+            scaling_config=ScalingConfig(
+                num_workers=config.workers.count,
+                use_gpu=config.workers.gpus > 0,
+                resources_per_worker=resources_per_worker(config),
+            ),
+            run_config=RunConfig(
+                name=config.run.name,
+                storage_path=config.run.storage,
+                failure_config=FailureConfig(max_failures=config.workers.retries),
+                logging_config=LoggingConfig(log_level="WARNING"),
+                worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+                callbacks=[stop.callback],
+            ),
+        )
+        end = stop.run(trainer.fit).return_value
+    if end["error"]:
+        raise RunFailed(end["error"])
+    if end["stopped"]:
+        return Outcome(None, end["step"], stop.exit_code)
+    with _writing(config.run.storage):
+        return Outcome(export_adapter(storage, open_store(config), config))
 
 
-def prepare_data(config: TrainingConfig) -> dict[str, str | None]:
-    """Folders of shards for `train` and `evaluation`, made by a Ray Data job or found; None where there is no data.
+def prepare_data(config: TrainingConfig) -> dict[str, Any]:
+    """Places of the shards for `train` and `evaluation`, made by a Ray Data job or found, None where there is no data;
+    and under `prepared` the manifest of the former.
 
     Raises:
         DataError: a record is broken, or no token of the data is trained.
     """
-    folders: dict[str, str | None] = {}
+    places: dict[str, Any] = {}
     for name in ("train", "evaluation"):
         path = getattr(config.data, name)
-        folders[name] = None
-        if path is not None:
-            with _writing(config.run.storage):
-                folder = prepare(path, config.data, config.model.path, config.run.storage, config.run.seed)
-            require_trained_tokens(path, read_prepared(folder).counts, config.data)
-            folders[name] = str(folder)
-    return folders
+        places[name] = None
+        if path is None:
+            continue
+        with _writing(config.run.storage):
+            places[name], prepared = _prepared(path, config)
+        require_trained_tokens(path, prepared.counts, config.data)
+        if name == "train":
+            places["prepared"] = prepared.model_dump(mode="json")
+    return places
+
+
+def _prepared(path: str, config: TrainingConfig) -> tuple[str, Prepared]:
+    """Where the shards of `path` lie, and their manifest. For a storage other than a folder they are made here."""
+    storage, arguments = config.run.storage, (path, config.data, config.model.path)
+    if "://" not in storage:
+        folder = prepare(*arguments, storage, config.run.seed)
+        return str(folder), read_prepared(folder)
+    with tempfile.TemporaryDirectory(prefix="raysoner-") as scratch:
+        folder = prepare(*arguments, scratch, config.run.seed, spread=False)
+        there = Storage.at(storage).child("prepared").child(folder.name)
+        files = sorted(folder.iterdir(), key=lambda file: (file.name == PREPARED, file.name))
+        if not there.exists(PREPARED):
+            for file in files:
+                there.write(file.name, file.read_bytes())
+        return below(storage, f"prepared/{folder.name}"), read_prepared(folder)
 
 
 def locate(config: TrainingConfig) -> TrainingConfig:
@@ -110,20 +146,18 @@ def locate(config: TrainingConfig) -> TrainingConfig:
     others may stay relative; elsewhere they become absolute too.
 
     Raises:
-        ConfigError: storage is a URI, or relative inside a job.
+        ConfigError: storage is relative inside a job, or no storage at all.
     """
     storage = config.run.storage
-    if "://" in storage:
-        raise ConfigError(
-            f"run.storage = {storage!r} is a storage URI, and runs live in folders: give one that every node reaches"
-        )
-    expanded = Path(storage).expanduser()
-    if inside_job() and not expanded.is_absolute():
-        raise ConfigError(
-            f"run.storage = {storage!r} would lie in the job's copy of the working directory, which goes away with it: "
-            "give an absolute folder that every node reaches"
-        )
-    run = config.run.model_copy(update={"storage": str(expanded.absolute())})
+    if "://" not in storage:
+        expanded = Path(storage).expanduser()
+        if inside_job() and not expanded.is_absolute():
+            raise ConfigError(
+                f"run.storage = {storage!r} would lie in the job's copy of the working directory, which goes away with "
+                "it: give an absolute folder that every node reaches, or a storage URI"
+            )
+        storage = str(expanded.absolute())
+    run = config.run.model_copy(update={"storage": storage})
     if inside_job():
         return config.model_copy(update={"run": run})
     data = {
@@ -176,34 +210,32 @@ def check_resources(config: TrainingConfig, cluster: dict[str, float]) -> None:
             )
 
 
+def check_memory(config: TrainingConfig, nodes: Sequence[GpuNode]) -> None:
+    """Say which strategy the workers will choose, by the types of the cluster's GPUs, as far as they are known.
+
+    Workers decide by the memory that they find. A type that comes in several sizes is taken for the largest here.
+
+    Raises:
+        ConfigError: the model does not fit the cluster's GPUs in any way; the message says what would be enough.
+    """
+    sizes = [node.memory_bytes for node in nodes if node.gpus >= config.workers.gpus]
+    if not config.workers.gpus or not Path(config.model.path).is_dir() or None in sizes or not sizes:
+        return
+    shape = ModelShape.from_folder(config.model.path)
+    together = workers_per_node(nodes, config.workers.count, config.workers.gpus)
+    try:
+        strategy = choose_strategy(config, shape, together, min(filter(None, sizes)))
+    except ConfigError as error:
+        raise ConfigError(f"{error} (the cluster has {describe_nodes(nodes)})") from None
+    print(f"cluster   {describe_nodes(nodes)}: {strategy.reason}", flush=True)
+
+
 @contextmanager
 def _writing(storage: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise ConfigError(
-            f"run.storage = {storage!r} cannot be written ({error}): give a folder that every node may write to"
+            f"run.storage = {without_secrets(storage)!r} cannot be used ({error}): give a folder that every node may "
+            "write to, or the URI of such a storage"
         ) from None
-
-
-def _claim(folder: Path, config: TrainingConfig) -> None:
-    """Save the resolved configuration, or hold it against the one that the run of this name began with."""
-    path = folder / "config.json"
-    wanted = config.model_dump(mode="json")
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-        return
-    began = json.loads(path.read_text(encoding="utf-8"))
-    for section, values in wanted.items():
-        for key, value in values.items():
-            before = began.get(section, {}).get(key)
-            if before != value and (section, key) not in RESUMABLE:
-                raise ConfigError(
-                    f"the run {config.run.name} in {config.run.storage} began with {section}.{key} = {before!r}, not "
-                    f"{value!r}: give another run.name, or remove {folder} to begin again"
-                )
-
-
-def _versions() -> dict[str, Any]:
-    return {package: version(package) for package in PACKAGES}

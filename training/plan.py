@@ -10,14 +10,16 @@ from pathlib import Path
 from cluster.artifacts import ArtifactError, check_checkpoint
 from cluster.config import ConfigError
 from cluster.harmony import Codec
-from cluster.memory import size
-from cluster.model import ModelShape
+from cluster.memory import size, step_gather_bytes
+from cluster.model import Checkpointing, ModelShape
+from cluster.storage import without_secrets
 from training.config import TrainingConfig
 from training.data.documents import Counts, require_documents, require_trained_tokens
 from training.data.names import is_hub_id
 from training.data.prepare import PART_BYTES, packed_rows
 from training.data.sources import parts
-from training.memory import MARGIN, MODES, memory_of, needed_bytes, trainable_parameters
+from training.memory import MARGIN, MODES, memory_of, needed_bytes, recipe_of, trainable_parameters
+from training.strategy import describe
 
 OPTIONAL_TRACKERS = ("trackio", "wandb", "mlflow")
 """trackers whose package, of the same name, this project does not install"""
@@ -39,10 +41,13 @@ class Plan:
         config, workers = self.config, self.config.workers
         device = f"{workers.gpus} GPU" if workers.gpus else f"{workers.cpus} CPU"
         lines = [
-            f"run       {config.run.name} in {config.run.storage}",
+            f"run       {config.run.name} in {without_secrets(config.run.storage)}",
             f"workers   {workers.count} × {device}",
-            f"batch     {config.batch.micro_batch_size} × {config.batch.accumulation_steps} accumulated × "
-            f"{workers.count} workers = {config.global_batch_size} rows a step",
+            f"batch     {config.global_batch_size} rows a step: {config.accumulation} × up to "
+            f"{config.batch.micro_batch_size} on each of {workers.count} workers",
+            f"saving    every {config.run.saving_steps} steps to {config.run.name}/checkpoints there: the last "
+            f"{config.run.keep_checkpoints}"
+            + (" and the best" if config.run.keep_best and config.data.evaluation else ""),
         ]
         if self.shape:
             lines.append(
@@ -122,9 +127,8 @@ def _codec(folder: str) -> Codec:
 
 
 def _steps(config: TrainingConfig, rows: int) -> int:
-    """Optimizer steps, counted as transformers' Trainer does: a last, smaller batch of an epoch is a step too."""
-    passes = math.ceil(math.ceil(rows / config.workers.count) / config.batch.micro_batch_size)
-    per_epoch = math.ceil(passes / config.batch.accumulation_steps)
+    """Optimizer steps, as `training.data.order` makes them: an epoch's last step may have fewer rows."""
+    per_epoch = math.ceil(rows / config.global_batch_size)
     return config.run.maximum_steps or math.ceil(per_epoch * config.run.epochs)
 
 
@@ -132,10 +136,59 @@ def _memory_lines(config: TrainingConfig, shape: ModelShape) -> list[str]:
     """What a worker's device must hold, by arithmetic. Which GPU it will have, the driver cannot know."""
     chosen = config.batch.activation_checkpointing
     decided = chosen if chosen != "auto" else "none" if config.workers.gpus == 0 else None
-    mode = decided or MODES[0]
-    parts = f"          with {mode}: {memory_of(config, shape, mode)}"
-    needs = {mode: size(needed_bytes(config, shape, mode)) for mode in MODES}
-    if decided:
-        return [f"memory    a worker needs {needs[decided]} for model and step, with a margin of {MARGIN:.0%}", parts]
+    known = _known_shards(config)
+    mode, shards, who = decided or MODES[0], known or 1, "a worker" if known else "a worker with the whole base"
+    parts = f"          with {mode}: {memory_of(config, shape, mode, shards)}"
+    needs = {mode: size(needed_bytes(config, shape, mode, shards)) for mode in MODES}
     offers = ", ".join(f"{need} with {mode}" for mode, need in needs.items())
-    return [f"memory    a worker needs {offers}: activation_checkpointing auto takes the first that its GPU has", parts]
+    needed = (
+        f"memory    {who} needs {needs[decided]} for model and step, with a margin of {MARGIN:.0%}"
+        if decided
+        else f"memory    {who} needs {offers}: activation_checkpointing auto takes the first that its GPU has"
+    )
+    return [needed, parts, _strategy_line(config, shape, decided or MODES[-1])]
+
+
+def _known_shards(config: TrainingConfig) -> int | None:
+    """Workers that share a copy of the base, where that depends on neither the GPU nor the nodes."""
+    workers = config.workers
+    if workers.strategy == "sharded":
+        return workers.count
+    if workers.count == 1 or workers.strategy == "data_parallel" or (workers.strategy, workers.gpus) == ("auto", 0):
+        return 1
+    return None
+
+
+def _strategy_line(config: TrainingConfig, shape: ModelShape, mode: Checkpointing) -> str:
+    """What becomes of the base, or what each choice would come to; how many workers a node has is the cluster's to say.
+
+    Args:
+        config: of the run.
+        shape: of its model.
+        mode: of activation checkpointing with which the choices are weighed.
+    """
+    asked, known = config.workers.strategy, _known_shards(config)
+    if known is not None:
+        name = asked if asked != "auto" else "data_parallel"
+        why = "" if asked != "auto" else ", as auto is " + ("with one worker" if config.workers.gpus else "on a CPU")
+        over = f" over {known} workers" if known > 1 else ""
+        return f"strategy  {name}{over}{why}: {describe(config, shape, known)}"
+    whole = [] if asked == "hybrid" else [f"{size(needed_bytes(config, shape, mode))} with the whole base"]
+    shared = [
+        _shared_need(config, shape, mode, shards)
+        for shards in range(2, config.workers.count + 1)
+        if config.workers.count % shards == 0 and config.can_shard
+    ]
+    rule = (
+        "hybrid shares it among the workers of a node"
+        if asked == "hybrid"
+        else "auto takes the first that its GPU has of data_parallel, hybrid (shared by the workers of a node) and "
+        "sharded (by all)"
+    )
+    return f"strategy  with {mode} a worker needs {', '.join(whole + shared)}: {rule}"
+
+
+def _shared_need(config: TrainingConfig, shape: ModelShape, mode: Checkpointing, shards: int) -> str:
+    gathered = step_gather_bytes(shape, recipe_of(config, shape, mode, shards), config.accumulation)
+    needed = size(needed_bytes(config, shape, mode, shards))
+    return f"{needed} with one shared by {shards} ({size(gathered)} gathered a step)"

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from transformers.models.gpt_oss.modeling_gpt_oss import load_balancing_loss_func
 from trl import SFTTrainer
 
 from training.data.collator import IGNORED
+from training.data.order import StepLoader, StepSampler
 from training.modeling.attention import document_starts
 from training.modeling.loss import weighted_nll
+from training.modeling.offload import Offload
+from training.modeling.sharding import is_sharded
 
 
 class WeightedTrainer(SFTTrainer):
@@ -34,7 +39,14 @@ class WeightedTrainer(SFTTrainer):
         chunk_tokens: trained tokens whose logits over the whole vocabulary are in memory at once.
         router_balance: coefficient of the load balancing loss (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6),
             computed for each micro-batch without its padding and averaged over the micro-batches of a step. At 0 no
-            router logits are asked for.
+            router logits are asked for. A micro-batch of filler rows alone counts as zero.
+        global_batch_size: rows of an optimizer step over all workers, in the order of `training.data.order`; the
+            arguments' `gradient_accumulation_steps` is then `StepSampler.accumulation`. None leaves the order of
+            training rows to transformers. Evaluation is transformers' in any case.
+        group_lengths: rows of like length, by the column `length_column_name`, become neighbours; with
+            `global_batch_size` alone.
+        full_batches: as StepSampler's.
+        activation_offload: activations wait in host memory between forward and backward pass.
         keywords: as SFTTrainer's.
 
     Raises:
@@ -43,10 +55,24 @@ class WeightedTrainer(SFTTrainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *arguments: Any, chunk_tokens: int = 2048, router_balance: float = 0.0, **keywords: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        chunk_tokens: int = 2048,
+        router_balance: float = 0.0,
+        global_batch_size: int | None = None,
+        group_lengths: bool = False,
+        full_batches: bool = False,
+        activation_offload: bool = False,
+        **keywords: Any,
+    ) -> None:
         super().__init__(*arguments, **keywords)
         self.chunk_tokens = chunk_tokens
         self.router_balance = router_balance
+        self.global_batch_size = global_batch_size
+        self.group_lengths = group_lengths
+        self.full_batches = full_batches
+        self.offload = Offload(self.model, self.args.device) if activation_offload else None
         self._training, self._evaluation = _Sums(), _Sums()
         self._tokens_before = 0
         self._refuse_other_losses()
@@ -75,7 +101,8 @@ class WeightedTrainer(SFTTrainer):
         fed = {name: inputs[name] for name in inputs if name not in ("labels", "loss_weights")}
         # The one wait for the device, for the number of tokens; each token is predicted at the place before its own.
         places = pad(labels[:, 1:] != IGNORED, (0, 1)).flatten().nonzero().squeeze(1)
-        with _taking_head_input(self.model.get_output_embeddings()) as taken:
+        offloading = self.offload() if self.offload and model.training else nullcontext()
+        with offloading, _taking_head_input(self.model.get_output_embeddings()) as taken:
             outputs = model(**fed, use_cache=False, output_router_logits=balanced)
         hidden = taken[0].flatten(0, 1).index_select(0, places)
         weights = inputs.get("loss_weights")
@@ -88,15 +115,50 @@ class WeightedTrainer(SFTTrainer):
             scale=self._scale(len(places), num_items_in_batch),
         )
         sums = self._training if model.training else self._evaluation
-        sums.add(hits=hits, trained=len(places), tokens=labels.numel())
+        sums.add(hits=hits, trained=len(places), tokens=labels.numel(), written=_padding_mask(inputs).sum())
         if not model.training:
             sums.add(nll=loss.detach().double() * len(places))
         if balanced:
-            balance = self._balancing_loss(outputs.router_logits, inputs)
-            sums.add(balance=balance.detach(), batches=1)
+            balance, counted = self._balancing_loss(outputs.router_logits, inputs)
+            sums.add(balance=balance.detach(), batches=counted)
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.router_balance / steps * balance
         return loss
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As transformers' without `global_batch_size`; with it a `StepLoader` of this worker.
+
+        Raises:
+            ValueError: `gradient_accumulation_steps` does not make steps of `global_batch_size` rows.
+        """
+        if self.global_batch_size is None:
+            stock: DataLoader[Any] = super().get_train_dataloader()
+            return stock
+        rows, settings = self.train_dataset, self.args
+        sampler = StepSampler(
+            len(rows),
+            self.global_batch_size,
+            settings.per_device_train_batch_size,
+            settings.world_size,
+            settings.process_index,
+            settings.seed,
+            rows[settings.length_column_name][:] if self.group_lengths else None,
+            full_batches=self.full_batches,
+        )
+        if settings.gradient_accumulation_steps != sampler.accumulation:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} takes gradient_accumulation_steps = "
+                f"{sampler.accumulation}, not {settings.gradient_accumulation_steps}"
+            )
+        return StepLoader(
+            rows,
+            sampler,
+            self.data_collator,
+            num_workers=settings.dataloader_num_workers,
+            pin_memory=settings.dataloader_pin_memory and settings.device.type == "cuda",
+            persistent_workers=settings.dataloader_persistent_workers,
+            prefetch_factor=settings.dataloader_prefetch_factor,
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As transformers', with the figures since the last line of training, over all workers."""
@@ -104,9 +166,14 @@ class WeightedTrainer(SFTTrainer):
             self._tokens_before += int(figures["tokens"])
             logs["mean_token_accuracy"] = figures["hits"] / max(1, figures["trained"])
             logs["num_tokens"] = self._tokens_before
+            logs |= self.figures(int(figures["written"]))
             if self.router_balance > 0:
-                logs["aux_loss"] = figures["balance"] / figures["batches"]
+                logs["aux_loss"] = figures["balance"] / max(1, figures["batches"])
         super().log(logs, start_time)
+
+    def figures(self, tokens: int) -> dict[str, float]:
+        """What else belongs in a line of training, of whose steps `tokens` went through the model, padding left out."""
+        return {}
 
     def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **keywords: Any) -> Any:
         """As transformers', with each trained token counted once and alike."""
@@ -116,6 +183,16 @@ class WeightedTrainer(SFTTrainer):
             output.metrics[f"{metric_key_prefix}_loss"] = figures["nll"] / trained
             output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = figures["hits"] / trained
         return output
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        """As transformers', but for a sharded base, which accelerate would not wrap on GPUs: it takes DTensors for a
+        sign that FSDP2 reduces the gradients, and here the adapters are whole and DDP reduces them."""
+        alone = self.args.world_size == 1 or isinstance(model, DistributedDataParallel)
+        if not training or alone or not is_sharded(model):
+            return super()._wrap_model(model, training, dataloader)
+        prepared = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        devices = [self.args.device] if self.args.device.type == "cuda" else None
+        return DistributedDataParallel(prepared, device_ids=devices)
 
     def _refuse_other_losses(self) -> None:
         asked = {
@@ -144,12 +221,16 @@ class WeightedTrainer(SFTTrainer):
         kept = max(0, state.remainder - self.accelerator.process_index * len(labels))
         return torch.cat((labels[:kept], torch.full_like(labels[kept:], IGNORED)))
 
-    def _balancing_loss(self, router_logits: tuple[torch.Tensor, ...], inputs: dict[str, Any]) -> torch.Tensor:
-        shape = self.model.config
+    def _balancing_loss(
+        self, router_logits: tuple[torch.Tensor, ...], inputs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Balancing loss, fp32 [], and int64 []: 1, or 0 where all is padding and the loss a differentiable zero."""
+        shape, mask = self.model.config, _padding_mask(inputs)
+        counted = mask.amax()
         balance: torch.Tensor = load_balancing_loss_func(
-            router_logits, shape.num_local_experts, shape.num_experts_per_tok, _padding_mask(inputs)
+            router_logits, shape.num_local_experts, shape.num_experts_per_tok, mask.where(counted > 0, 1)
         )
-        return balance
+        return balance * counted, counted
 
 
 @contextmanager

@@ -10,12 +10,10 @@ import torch
 from peft import get_peft_model
 from transformers import GptOssConfig, GptOssForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
-from training.callbacks import DidItTrain
 from training.config import LoraConfig, ModelConfig
+from training.guards import PATIENCE, GradientWatch, StepFigures, StepGuard, TrainingStopped
 from training.modeling.adapters import attach_adapters
 from training.modeling.base import load_base, peft_config
-
-GUARD = DidItTrain()
 
 
 class Adapter(torch.nn.Module):
@@ -37,10 +35,12 @@ class Model(torch.nn.Module):
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def call(event: str, step: int, **kwargs: Any) -> None:
+def call(event: str, step: int, model: Any, guard: StepGuard | None = None) -> StepGuard:
+    """Tell a guard about a good step, `step` of ten."""
+    guard = guard or StepGuard(lambda: StepFigures(torch.tensor(2.0), torch.tensor(1.0), 8))
     arguments = object.__new__(TrainingArguments)
-    state = TrainerState(global_step=step, max_steps=10)
-    getattr(GUARD, event)(arguments, state, TrainerControl(), **kwargs)
+    getattr(guard, event)(arguments, TrainerState(global_step=step, max_steps=10), TrainerControl(), model=model)
+    return guard
 
 
 def with_gradients() -> Model:
@@ -67,39 +67,86 @@ def lora(**fields: Any) -> LoraConfig:
     return LoraConfig.model_validate({"rank": 2, **fields})
 
 
-def test_tensor_without_gradient_is_named() -> None:
+def trained() -> Model:
     model = with_gradients()
-    call("on_pre_optimizer_step", 0, model=model)
+    for adapter in (model.first, model.second):
+        for weight in adapter.parameters():
+            torch.nn.init.ones_(weight)
+            torch.nn.init.ones_(weight.grad)  # type: ignore[arg-type]
+    return model
+
+
+def test_tensor_without_gradient_is_named() -> None:
+    call("on_pre_optimizer_step", 0, with_gradients())
+    model = with_gradients()
     model.second.lora_A.grad = None
-    with pytest.raises(RuntimeError, match=r"1 trainable tensors get no gradient, among them second\.lora_A"):
-        call("on_pre_optimizer_step", 0, model=model)
+    with pytest.raises(TrainingStopped, match=r"1 trainable tensors get no gradient, among them second\.lora_A"):
+        call("on_pre_optimizer_step", 0, model)
 
 
-def test_gradients_are_looked_at_once() -> None:
-    call("on_pre_optimizer_step", 1, model=Model())
+def test_tensor_with_gradients_of_zero_is_named_after_some_patience() -> None:
+    model = trained()
+    guard = call("on_pre_optimizer_step", 0, model)
+    assert model.second.lora_B.grad is not None
+    model.second.lora_B.grad.zero_()
+    for step in range(1, 2 * PATIENCE):
+        call("on_pre_optimizer_step", step, model, guard)  # it had one in the first step
+    guard = call("on_pre_optimizer_step", 0, model)
+    for step in range(1, PATIENCE - 1):
+        call("on_pre_optimizer_step", step, model, guard)
+    with pytest.raises(
+        TrainingStopped, match=r"1 adapters had no .* in 50 steps, among them second\.lora_B: .*train_on"
+    ):
+        call("on_pre_optimizer_step", PATIENCE, model, guard)
+
+
+def test_one_gradient_within_the_patience_is_enough() -> None:
+    watch, model = GradientWatch(patience=25), trained()
+    adapters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    for step in range(60):
+        for index, weight in enumerate(adapters.values()):
+            weight.grad = torch.zeros_like(weight)
+            weight.grad[0, 0] = 1e-38 * (step == 6 * index + 1)
+        watch.look(adapters)
+    assert watch.without == []
+
+
+@pytest.mark.parametrize(("name", "steps", "told"), [("lora_A", 2, False), ("lora_A", 3, True), ("lora_B", 1, True)])
+def test_a_short_run_is_looked_at_when_it_ends(name: str, steps: int, told: bool) -> None:
+    """`lora_A` has no gradient while `lora_B` is zero."""
+    model = trained()
+    getattr(model.first, name).grad.zero_()
+    guard = None
+    for step in range(steps):
+        guard = call("on_pre_optimizer_step", step, model, guard)
+    if not told:
+        call("on_train_end", steps, model, guard)
+        return
+    with pytest.raises(TrainingStopped, match=rf"in {steps} steps, among them first\.{name}"):
+        call("on_train_end", steps, model, guard)
 
 
 def test_adapter_that_stays_zero_is_named() -> None:
-    model = Model()
-    model.first.lora_B.data[1, 1] = 1e-9
-    with pytest.raises(RuntimeError, match=r"1 adapters are still zero after training, among them second\.lora_B"):
-        call("on_train_end", 5, model=model)
+    model = trained()
+    guard = call("on_pre_optimizer_step", 0, model)
+    call("on_train_end", 1, model, guard)
+    torch.nn.init.zeros_(model.second.lora_B)
+    with pytest.raises(TrainingStopped, match=r"1 adapters are still zero after training, among them second\.lora_B"):
+        call("on_train_end", 1, model, guard)
     model.second.lora_B.data[0, 0] = -1e-9
-    call("on_train_end", 5, model=model)
+    call("on_train_end", 1, model, guard)
+
+
+def test_adapter_that_is_no_number_is_named() -> None:
+    model = trained()
+    guard = call("on_pre_optimizer_step", 0, model)
+    model.first.lora_A.data[0, 0] = float("inf")
+    with pytest.raises(TrainingStopped, match=r"1 adapters hold NaN or infinity, among them first\.lora_A; lower"):
+        call("on_train_end", 1, model, guard)
 
 
 def test_a_run_without_steps_is_no_failure() -> None:
-    call("on_train_end", 0, model=Model())
-
-
-def test_loss_that_is_no_number_stops_the_run() -> None:
-    with pytest.raises(RuntimeError, match=r"the loss at step 7 is nan; lower optimizer\.learning_rate"):
-        call("on_log", 7, logs={"loss": float("nan"), "grad_norm": 1.0})
-
-
-@pytest.mark.parametrize("logs", [None, {}, {"loss": 1.5}, {"loss": 0.0}, {"eval_loss": 2.0}])
-def test_other_logs_pass(logs: dict[str, float] | None) -> None:
-    call("on_log", 7, logs=logs)
+    call("on_train_end", 0, Model())
 
 
 @pytest.mark.parametrize(
@@ -149,7 +196,7 @@ def test_one_backward_reaches_every_adapter_of_the_demo(precision: str) -> None:
     model = attach_adapters(load_base(config, torch.device("cpu")), lora(expert_layers="all"))
     tokens = torch.randint(0, 3000, (2, 32), generator=torch.Generator().manual_seed(1))
     model(input_ids=tokens, labels=tokens).loss.backward()
-    call("on_pre_optimizer_step", 0, model=model)
+    call("on_pre_optimizer_step", 0, model)
     trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     assert len(trainable) == 2 * 6 * (4 + 2)
     for name, weight in trainable.items():

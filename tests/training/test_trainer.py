@@ -23,6 +23,7 @@ from trl import SFTConfig, SFTTrainer
 from cluster.harmony import Label
 from tests.training.packed import tiny_model
 from training.data.collator import IGNORED, Collator
+from training.modeling import offload
 from training.modeling.isolation import isolate_documents
 from training.trainer import WeightedTrainer
 
@@ -209,6 +210,27 @@ def test_one_times_eight_is_eight_times_one(tmp_path: Path, whole: Step) -> None
     assert_same(whole.gradients, apart.gradients)
     for name in ("mean_token_accuracy", "grad_norm"):
         assert apart.logs[name] == pytest.approx(whole.logs[name], rel=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_that_were_away_come_back_as_they_were(
+    tmp_path: Path, whole: Step, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    monkeypatch.setattr(offload, "SMALLEST_BYTES", 1)
+    away = 0
+    leave = offload.Offload._leave
+
+    def counted(*given: Any) -> Any:
+        nonlocal away
+        kept = leave(*given)
+        away += isinstance(kept, offload.Away)
+        return kept
+
+    monkeypatch.setattr(offload.Offload, "_leave", counted)
+    step = take_step(tmp_path, 8, 1, activation_offload=True, gradient_checkpointing=checkpointing)
+    assert away > 5
+    for name, gradient in whole.gradients.items():
+        assert torch.equal(step.gradients[name], gradient), name
 
 
 def test_a_mean_of_micro_batches_means_would_be_another_loss(trainer: Any, whole: Step) -> None:

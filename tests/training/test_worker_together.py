@@ -1,0 +1,100 @@
+"""Workers meet a user's error together, and know which checkpoints are theirs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from cluster.config import ConfigError, load_files
+from cluster.local import free_ports
+from tests.conftest import DEMO
+from training.config import TrainingConfig
+from training.data.conversations import DataError
+from training.keeping import identity_of
+from training.together import USER_ERRORS, Agreed, together
+
+MODEL = Path("training/demo/model")
+
+
+@pytest.fixture
+def config() -> TrainingConfig:
+    return load_files(TrainingConfig, DEMO)
+
+
+def fail(error: Exception | None) -> None:
+    if error:
+        raise error
+
+
+def test_one_worker_alone() -> None:
+    assert together(lambda: 7) == 7
+    assert together(lambda: None) is None
+    for kind in USER_ERRORS:
+        with pytest.raises(Agreed, match=r"^what is wrong$"):
+            together(partial(fail, kind("what is wrong")))
+    with pytest.raises(ZeroDivisionError):
+        together(lambda: 1 / 0)
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    """What each of two workers sees, as JSON in `folder`."""
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    seen: list[object] = [together(lambda: rank + 10)]
+    for guilty in (0, 1):
+        try:
+            together(partial(fail, DataError(f"broken on {rank}") if rank == guilty else None))
+        except Agreed as error:
+            seen.append(str(error))
+    try:
+        together(partial(fail, ConfigError(f"missing on {rank}")))
+    except Agreed as error:
+        seen.append(str(error))
+    seen.append(together(lambda: "goes on"))
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(seen))
+    dist.destroy_process_group()
+
+
+def test_an_error_of_one_is_raised_on_all(tmp_path: Path) -> None:
+    spawn(work, (free_ports(1)[0], str(tmp_path)), nprocs=2)
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [
+            rank + 10,
+            "broken on 0",
+            "broken on 1",
+            "missing on 0",
+            "goes on",
+        ]
+
+
+def test_identity_is_the_bases_files_and_the_adapters_settings(config: TrainingConfig, tmp_path: Path) -> None:
+    own = identity_of(config, MODEL)
+    assert own == json.loads(json.dumps(own)), "it must survive the manifest"
+    assert own["lora.rank"] == 8
+    moved = tmp_path / "moved"
+    shutil.copytree(MODEL, moved)
+    assert identity_of(config, moved) == own
+
+    settings = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(settings | {"rope_theta": 1.0}))
+    assert identity_of(config, moved)["base"] != own["base"]
+    shutil.copy(MODEL / "config.json", moved)
+    weights = next(moved.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes() + b"\0")
+    assert identity_of(config, moved)["base"] != own["base"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rank", 4), ("alpha", 2.0), ("rslora", True), ("attention", False), ("expert_layers", (0, 2))],
+)
+def test_identity_tells_adapters_apart(field: str, value: object, config: TrainingConfig) -> None:
+    other = config.model_copy(update={"lora": config.lora.model_copy(update={field: value})})
+    own, others = identity_of(config, MODEL), identity_of(other, MODEL)
+    assert [key for key in own if own[key] != others[key]] == [f"lora.{field}"]
+    assert others == json.loads(json.dumps(others))

@@ -1,0 +1,90 @@
+"""A way to an S3 server on which every third PUT gets lost: answered with 500, with 403, or not at all, in turn."""
+
+from __future__ import annotations
+
+import re
+import socket
+import socketserver
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from typing import Any
+
+ANSWERS = (b"500 Internal Server Error", b"403 Forbidden", None)
+PIECE = 1 << 16
+
+
+@contextmanager
+def failing_every_third_put(uri: str) -> Iterator[tuple[str, list[str]]]:
+    """URI of the same place by way of a proxy, and what became of each PUT that failed."""
+    upstream = re.search(r"endpoint_override=([^:&]+):(\d+)", uri)
+    assert upstream
+    with Proxy((upstream[1], int(upstream[2]))) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        try:
+            yield uri.replace(upstream[0], f"endpoint_override=127.0.0.1:{proxy.server_address[1]}"), proxy.failures
+        finally:
+            proxy.shutdown()
+
+
+class Proxy(socketserver.ThreadingTCPServer):
+    """Hands each connection's first request on to `upstream`, and the answer back; the connection ends with it."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, upstream: tuple[str, int]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.upstream = upstream
+        self.puts = count(1)
+        self.failures: list[str] = []
+
+    def fate(self) -> tuple[bool, bytes | None]:
+        """Whether this PUT fails, and the status of the answer."""
+        if next(self.puts) % 3:
+            return False, None
+        answer = ANSWERS[len(self.failures) % len(ANSWERS)]
+        self.failures.append(answer[:3].decode() if answer else "dropped")
+        return True, answer
+
+
+class Handler(socketserver.BaseRequestHandler):
+    """One connection."""
+
+    server: Proxy
+    request: Any
+
+    def handle(self) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            piece = self.request.recv(PIECE)
+            if not piece:
+                return
+            head += piece
+        if head.startswith(b"PUT "):
+            fails, answer = self.server.fate()
+            if fails:
+                self._refuse(answer)
+                return
+        first, rest = head.split(b"\r\n", 1)
+        with suppress(OSError), socket.create_connection(self.server.upstream) as upstream:
+            upstream.sendall(first + b"\r\nConnection: close\r\n" + rest)
+            threading.Thread(target=pump, args=(self.request, upstream), daemon=True).start()
+            pump(upstream, self.request)
+
+    def _refuse(self, answer: bytes | None) -> None:
+        with suppress(OSError):
+            if answer:
+                self.request.sendall(b"HTTP/1.1 " + answer + b"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                self.request.shutdown(socket.SHUT_WR)
+                self.request.settimeout(5)
+                while self.request.recv(PIECE):
+                    pass
+
+
+def pump(source: socket.socket, sink: socket.socket) -> None:
+    """Everything that comes, until no more does."""
+    with suppress(OSError):
+        while piece := source.recv(PIECE):
+            sink.sendall(piece)
