@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
-from transformers import GptOssConfig
+from transformers import AutoConfig, GptOssConfig
 
 from cluster.artifacts import WEIGHTS, ArtifactError
 from cluster.memory import Recipe, gather_bytes, weight_bytes
@@ -64,6 +66,29 @@ def test_gradients_are_the_whole_models_to_the_bit(ranks: Ranks) -> None:
     modes = {"none", "experts", "full"} if len(ranks) == 2 else {"full"}
     for found in ranks:
         assert found["same"] == {f"{base} {mode}": True for base in ("mxfp4", "fp32") for mode in modes}
+
+
+def test_older_pytorch_makes_no_parameter_that_cannot_have_a_gradient(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch 2.11's FSDP2 makes `Parameter(shard)` first and sets `requires_grad` later, which fails for integers.
+    Here that order is put back."""
+    made: list[torch.dtype] = []
+
+    def older(data: torch.Tensor, requires_grad: bool = True) -> torch.nn.Parameter:
+        made.append(data.dtype)
+        return torch.nn.Parameter(data).requires_grad_(requires_grad)
+
+    monkeypatch.setattr(_fsdp_param, "nn", SimpleNamespace(**{**vars(torch.nn), "Parameter": older}))
+    with alone(tmp_path):
+        config = AutoConfig.from_pretrained(folder)
+        del config.quantization_config
+        model = without_weights(config, torch.float32, "eager", "grouped_lora")
+        shard_layers(model, sharding_mesh(CPU, 1))
+    packed = [weight for weight in model.parameters() if isinstance(weight, DTensor) and weight.dtype == torch.uint8]
+    assert len(packed) == 4 * LAYERS
+    assert torch.float8_e5m2 in made
+    assert not any(weight.requires_grad for weight in model.parameters())
 
 
 def test_evaluation_is_the_whole_models_and_leaves_no_trace(ranks: Ranks) -> None:

@@ -19,6 +19,9 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GptOssForCausalLM
 
+FLOATS = {torch.uint8: torch.float8_e5m2}
+"""floats of the size of an integer type"""
+
 DIMENSION = "fsdp"
 """name of a mesh's dimension; PEFT sizes adapters by the whole weight where it has this one"""
 
@@ -51,9 +54,31 @@ def shard_layers(model: GptOssForCausalLM, mesh: DeviceMesh) -> None:
     """
     model.requires_grad_(False)
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        _shard_layer(layer, mesh)
     whole = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+
+
+def _shard_layer(layer: torch.nn.Module, mesh: DeviceMesh) -> None:
+    """`fully_shard`, to which packed weights are shown as floats of one byte: before PyTorch 2.12 it makes parameters
+    that want a gradient for a moment, which integers cannot."""
+    shown = [
+        (module, name, parameter)
+        for module in layer.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if not parameter.is_floating_point()
+    ]
+    for module, name, parameter in shown:
+        setattr(module, name, _frozen(torch.empty_like(parameter, dtype=FLOATS[parameter.dtype])))
+    fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    for module, name, parameter in shown:
+        sharded = getattr(module, name)
+        rows = torch.empty_like(sharded.to_local(), dtype=parameter.dtype)
+        setattr(module, name, _frozen(as_shard(rows, sharded)))
+
+
+def _frozen(tensor: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(tensor, requires_grad=False)
 
 
 def own_rows(parameter: torch.Tensor) -> slice:
