@@ -71,6 +71,9 @@ class DurableTrainer(WeightedTrainer):
         if snapshot is None:
             self.train()
             return
+        if snapshot.step >= snapshot.trainer_state["max_steps"]:
+            self.state.global_step = snapshot.step  # the run ended just after its last checkpoint
+            return
         self._snapshot = snapshot
         (scratch / TRAINER_STATE_NAME).write_text(json.dumps(snapshot.trainer_state), encoding="utf-8")
         self.train(resume_from_checkpoint=str(scratch))

@@ -39,13 +39,14 @@ class Plan:
     def __str__(self) -> str:
         """Lines for a person."""
         config, workers = self.config, self.config.workers
+        checkpoints = f"{without_secrets(config.run.storage)}/{config.run.name}/checkpoints"
         device = f"{workers.gpus} GPU" if workers.gpus else f"{workers.cpus} CPU"
         lines = [
             f"run       {config.run.name} in {without_secrets(config.run.storage)}",
             f"workers   {workers.count} × {device}",
             f"batch     {config.global_batch_size} rows a step: {config.accumulation} × up to "
             f"{config.batch.micro_batch_size} on each of {workers.count} workers",
-            f"saving    every {config.run.saving_steps} steps to {config.run.name}/checkpoints there: the last "
+            f"saving    every {config.run.saving_steps} steps below {checkpoints}: the last "
             f"{config.run.keep_checkpoints}"
             + (" and the best" if config.run.keep_best and config.data.evaluation else ""),
         ]

@@ -32,7 +32,7 @@ CPU_ROWS = ("data_parallel", "sharded_gathers", "checkpoints", "resume")
 GPU_ROWS = ("sharded_one_rank", "checkpoint_blocking")
 MODULES = {
     "data_parallel": "distributed_trainer",
-    "checkpoints": "distributed_trainer",
+    "checkpoints": "distributed_checkpoints",
     "sharded_gathers": "distributed_gathers",
     "resume": "distributed_runs",
 }
@@ -136,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--storage", default="", help="folder for checkpoints; by default that of temporary files")
     made.add_argument("--sequence-length", type=int, default=2048 if gpu else 256)
     cpu = made.add_argument_group("on a CPU")
-    cpu.add_argument("--rows-of-worker", type=int, default=2, help="rows of a worker in a step")
+    cpu.add_argument("--rows-of-worker", type=int, default=4, help="rows of a worker in a step")
     cpu.add_argument("--turns", type=int, default=8, help="turns of each side that are measured")
     cpu.add_argument("--turn-steps", type=int, default=5, help="steps of a turn of data_parallel")
     cpu.add_argument("--checkpoint-steps", type=int, default=20, help="steps for each checkpoint")

@@ -1,4 +1,4 @@
-"""Rows of `distributed` that the trainer itself runs, on CPU: data parallelism, and what checkpoints cost.
+"""Row of `distributed` about data parallelism, on CPU, and the trainer that it and `distributed_checkpoints` run.
 
 What is compared takes turns of a few steps each, so that whatever else the machine does weighs on all alike, and each
 ratio is of turns that follow one another.
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from torch.multiprocessing.spawn import spawn
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 from cluster.harmony import CHANNEL_LABELS
 from cluster.local import free_ports
@@ -47,7 +47,9 @@ def data_parallel(options: argparse.Namespace) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="raysoner-") as folder:
         spawn(_worker, (options, cores, free_ports(1)[0], context.Barrier(3), folder), nprocs=3)
-        alone, pair = (json.loads((Path(folder) / f"{worker}.json").read_text()) for worker in (0, 1))
+        found = [json.loads((Path(folder) / f"{worker}.json").read_text()) for worker in (0, 1)]
+    alone, pair = (each["seconds"] for each in found)
+    busy = [median(each["busy_seconds"]) / options.turn_steps for each in found]
     tokens = options.turn_steps * options.rows_of_worker * options.sequence_length
     ratios = [2 * own / both for own, both in zip(alone, pair, strict=True)]
     return {
@@ -55,7 +57,10 @@ def data_parallel(options: argparse.Namespace) -> dict[str, Any]:
         "two_workers_tokens_per_second": round(2 * tokens / median(pair), 1),
         "tokens_ratio": round(median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in ratios],
-        "step_seconds": round(median(pair) / options.turn_steps, 4),
+        "one_worker_step_seconds": round(median(alone) / options.turn_steps, 4),
+        "two_workers_step_seconds": round(median(pair) / options.turn_steps, 4),
+        "one_worker_busy_seconds": round(busy[0], 4),
+        "two_workers_busy_seconds": round(busy[1], 4),
         "rows_of_worker": options.rows_of_worker,
         "sequence_length": options.sequence_length,
         "turns": len(ratios),
@@ -67,6 +72,7 @@ def _worker(number: int, options: argparse.Namespace, cores: list[int], port: in
     """Process 0 is the one worker, 1 and 2 are the two."""
     os.sched_setaffinity(0, {cores[number == 2]})
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # as on Ray; without it accelerate sets the threads to the machine's cores
     workers = 1 if number == 0 else 2
     if workers == 2:
         rank = number - 1
@@ -78,105 +84,38 @@ def _worker(number: int, options: argparse.Namespace, cores: list[int], port: in
     trainer = make_trainer(options, workers, steps, Path(folder) / f"scratch{number}", DurableTrainer, [turns])
     with trainer.keeper:
         trainer.train_from(None, Path(folder))
-    (Path(folder) / f"{number}.json").write_text(json.dumps(turns.seconds[1:]))  # the first is a warm-up
+    measured = {"seconds": turns.seconds[1:], "busy_seconds": turns.busy_seconds[1:]}  # the first is a warm-up
+    (Path(folder) / f"{number}.json").write_text(json.dumps(measured))
     if workers == 2:
         dist.destroy_process_group()
 
 
 class Turns(TrainerCallback):
-    """Trains `steps` at a time, in turn with the processes on the other side of `barrier`; `seconds` of each turn.
+    """Trains `steps` at a time, in turn with the processes on the other side of `barrier`.
 
-    A round has two turns, and all processes meet before each of them.
+    Of each turn `seconds` on the clock and `busy_seconds` of this process's CPU time, which on a machine with nothing
+    else to do are nearly the same. A round has two turns, and all processes meet before each of them.
     """
 
     def __init__(self, steps: int, barrier: Any, *, first: bool) -> None:
         self.steps, self.barrier, self.first = steps, barrier, first
         self.seconds: list[float] = []
-        self._began = 0.0
+        self.busy_seconds: list[float] = []
+        self._began = self._busy = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         if state.global_step % self.steps == 0:
             for _ in range(1 if self.first else 2):
                 self.barrier.wait(600)
-            self._began = time.perf_counter()
+            self._began, self._busy = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         if state.global_step % self.steps == 0:
             self.seconds.append(time.perf_counter() - self._began)
+            self.busy_seconds.append(time.process_time() - self._busy)
             if self.first:
                 self.barrier.wait(600)
-            print(f"turn {len(self.seconds)}: {self.seconds[-1]:.2f} s", flush=True)
-
-
-def checkpoints(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of steps with a checkpoint among every `checkpoint_steps` of them, and with none."""
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    torch.set_num_threads(1)
-    windows = Windows(options.checkpoint_steps)
-    steps = options.checkpoint_steps * (len(KINDS) * options.rounds + 1) + 1
-    with tempfile.TemporaryDirectory(prefix="raysoner-", dir=options.storage or None) as folder:
-        trainer = make_trainer(options, 1, steps, Path(folder), TimedSaves, [windows])
-        with trainer.keeper:
-            trainer.train_from(None, Path(folder))
-            newest = trainer.keeper.store.steps()[-1]
-        size = sum(file.stat().st_size for file in Path(folder).glob(f"**/step-{newest:08}*/*"))
-    seconds = {kind: windows.seconds[place :: len(KINDS)] for place, kind in enumerate(KINDS)}
-    blocked = {kind: trainer.blocked[kind][1:] or trainer.blocked[kind] for kind in KINDS[1:]}
-    whole = {kind: _ratio(seconds[kind], seconds["none"]) for kind in KINDS[1:]}
-    return {
-        "step_seconds": round(median(seconds["none"]) / options.checkpoint_steps, 4),
-        "steps_a_checkpoint": options.checkpoint_steps,
-        "checkpoint_mb": round(size / 1e6, 2),
-        "blocked_seconds": round(median(blocked["asynchronous"]), 4),
-        "blocked_ratio": round(1 + median(blocked["asynchronous"]) / median(seconds["none"]), 4),
-        "step_ratio": round(whole["asynchronous"], 4),
-        "synchronous_blocked_seconds": round(median(blocked["synchronous"]), 4),
-        "synchronous_step_ratio": round(whole["synchronous"], 4),
-        "first_blocked_seconds": round(trainer.blocked["asynchronous"][0], 4),
-        "windows": {kind: [round(value, 3) for value in values] for kind, values in seconds.items()},
-        "note": "one core in all, so that what the writer computes counts too",
-    }
-
-
-KINDS = ("none", "asynchronous", "synchronous")
-"""of windows, in the order in which they follow one another"""
-
-
-class Windows(TrainerCallback):
-    """Windows of `steps` after one of warm-up, each of the next of `KINDS`, with its checkpoint in the middle."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self.seconds: list[float] = []
-        self.trainer: Any = None
-        self._began = 0.0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
-        window, step = divmod(state.global_step, self.steps)
-        if step == 0:
-            now = time.perf_counter()
-            if window > 1:
-                self.seconds.append(now - self._began)
-                print(f"{self.trainer.kind}: {self.seconds[-1]:.2f} s for {self.steps} steps", flush=True)
-            self._began = now
-            self.trainer.kind = KINDS[(window - 1) % len(KINDS)]
-        control.should_save = window > 0 and step == self.steps // 2 and self.trainer.kind != "none"
-
-
-class TimedSaves(DurableTrainer):
-    """DurableTrainer that times its saves, by `kind`, and in a synchronous window waits until they are written."""
-
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        self.kind = KINDS[0]
-        self.blocked: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        super().__init__(*arguments, **keywords)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        began = time.perf_counter()
-        super()._save_checkpoint(model, trial)
-        if self.kind == "synchronous" and self.keeper.saver is not None:
-            self.keeper.saver.wait()
-        self.blocked[self.kind].append(time.perf_counter() - began)
+            print(f"turn {len(self.seconds)}: {self.seconds[-1]:.2f} s, busy {self.busy_seconds[-1]:.2f} s", flush=True)
 
 
 def make_trainer(
@@ -215,8 +154,7 @@ def make_trainer(
         tolerated_skips=0,
         callbacks=[Metering(meter), *callbacks],
     )
-    for callback in callbacks:
-        callback.trainer = trainer
+    trainer.remove_callback(PrinterCallback)
     return trainer
 
 
@@ -238,8 +176,3 @@ def _random_rows(count: int, length: int) -> Dataset:
     tokens = torch.randint(0, 3000, (count, length), generator=generator).tolist()
     labels = [CHANNEL_LABELS["final"]] * length
     return Dataset.from_list([{"tokens": row, "labels": labels, "lengths": [length], "size": length} for row in tokens])
-
-
-def _ratio(own: list[float], none: list[float]) -> float:
-    """Median over windows that followed one another."""
-    return median(one / other for one, other in zip(own, none, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,18 @@ def test_a_finished_run_is_not_run_again(whole: Whole, ray_cluster: LocalRay) ->
     assert again.code == 0
     assert "step 1/" not in again.output
     assert f"adapter   {whole.folder / 'adapter'}\n" in again.output
+
+
+def test_a_run_that_ended_before_its_adapter_was_written_takes_no_further_step(
+    whole: Whole, ray_cluster: LocalRay, tmp_path: Path
+) -> None:
+    shutil.copytree(whole.folder, tmp_path / "short")
+    shutil.rmtree(tmp_path / "short" / "adapter")
+    again = run_python(ray_cluster, *short_run(tmp_path, "short", **WHOLE))
+    assert again.code == 0, again.output
+    assert " loss " not in again.output
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "short/adapter" / name).read_bytes() == (whole.folder / "adapter" / name).read_bytes()
 
 
 def test_a_name_belongs_to_one_configuration(whole: Whole, ray_cluster: LocalRay) -> None:
