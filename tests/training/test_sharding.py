@@ -75,7 +75,7 @@ def test_older_pytorch_makes_no_parameter_that_cannot_have_a_gradient(
     Here that order is put back."""
     made: list[torch.dtype] = []
 
-    def older(data: torch.Tensor, requires_grad: bool = True) -> torch.nn.Parameter:
+    def older(data: torch.Tensor, requires_grad: bool = True) -> torch.Tensor:
         made.append(data.dtype)
         return torch.nn.Parameter(data).requires_grad_(requires_grad)
 
