@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +100,8 @@ def stop_tree(process: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(family[:1], timeout=STOP_SECONDS)
     _, alive = psutil.wait_procs(family, timeout=2.0)
     for survivor in alive:
-        survivor.kill()
+        with suppress(psutil.NoSuchProcess):
+            survivor.kill()
     psutil.wait_procs(alive, timeout=5.0)
     process.wait()
 

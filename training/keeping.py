@@ -18,6 +18,7 @@ from training.checkpoints.saver import CheckpointSaver
 from training.checkpoints.snapshot import Snapshot, check_identity
 from training.checkpoints.store import CheckpointStore
 from training.config import TrainingConfig
+from training.data.order import VERSION
 from training.together import together
 
 
@@ -40,16 +41,17 @@ class Keeper:
         self.identity: dict[str, Any] = {}
         self.said: Callable[[int], str] = str
 
-    def find(self, base: Path) -> Snapshot | None:
+    def find(self, base: Path, rows: str) -> Snapshot | None:
         """The newest whole checkpoint, the same on all workers; None at the beginning.
 
         Args:
             base: checkpoint folder of the base, whose identity the run's checkpoints carry from now on.
+            rows: name of the prepared training data, which is a hash of its content.
 
         Raises:
-            Agreed: it belongs to another base or other LoRA settings, or the storage does not answer.
+            Agreed: it belongs to another base, other LoRA settings or other data, or the storage does not answer.
         """
-        self.identity = identity_of(self.config, base)
+        self.identity = identity_of(self.config, base, rows)
         newest = together(lambda: self._newest() if self.leads else None)
         step = of_all_ranks(newest.step if newest else None)[0]
         return None if step is None else together(lambda: self._take_up(newest, step))
@@ -115,10 +117,11 @@ def open_store(config: TrainingConfig) -> CheckpointStore:
     return CheckpointStore(storage, config.run.keep_checkpoints, config.run.keep_best)
 
 
-def identity_of(config: TrainingConfig, base: Path) -> dict[str, Any]:
-    """What runs must share to go on from each other's checkpoints: the base and the adapters on it.
+def identity_of(config: TrainingConfig, base: Path, rows: str) -> dict[str, Any]:
+    """What runs must share to go on from each other's checkpoints: the base, the adapters on it, and the rows' order.
 
-    The base goes by its `config.json` and the names and sizes of its weight files, on whatever path it lies.
+    The base goes by its `config.json` and the names and sizes of its weight files, on whatever path it lies; `rows` is
+    the name of the prepared training data.
     """
     files = sorted((file.name, file.stat().st_size) for file in base.glob("*.safetensors"))
     digest = hashlib.sha256((base / "config.json").read_bytes() + repr(files).encode())
@@ -131,4 +134,6 @@ def identity_of(config: TrainingConfig, base: Path) -> dict[str, Any]:
         "lora.rslora": lora.rslora,
         "lora.attention": lora.attention,
         "lora.expert_layers": layers,
+        "rows": rows,
+        "rows.order": VERSION,
     }

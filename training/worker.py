@@ -99,7 +99,7 @@ def _set_up(
     mesh = sharding_mesh(device, strategy.shards) if strategy.shards > 1 else None
     model = together(lambda: build_model(config, device, strategy.checkpointing, mesh))
     train, evaluation = together(lambda: [_rows(raw[name], scratch) for name in ("train", "evaluation")])
-    snapshot = keeper.find(base)
+    snapshot = keeper.find(base, raw["train"].partition("?")[0].rpartition("/")[2])
     prepared = Prepared.model_validate(raw["prepared"])
     meter = Meter(device, flops_per_token(config, shape, prepared.counts), peak_flops(device, workers))
     trainer = DurableTrainer(

@@ -140,7 +140,7 @@ def make_trainer(
     )
     torch.manual_seed(SEED)
     keeper = Keeper(config, scratch)
-    keeper.find(Path(DEMO))
+    keeper.find(Path(DEMO), "random")
     meter = Meter(CPU, 0.0, None)
     trainer = kind(
         model=build_model(config, CPU, "none"),

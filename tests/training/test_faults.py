@@ -232,10 +232,11 @@ def test_a_storage_that_may_not_be_written(ray_cluster: LocalRay, tmp_path: Path
     [
         (
             "identity",
-            r"belongs to another model or other LoRA settings: base was 'other' and is '\w+'; lora.rank was 4",
+            r"other LoRA settings or other data: base was 'other' and is '\w+'; lora.rank was 4",
         ),
         ("tensors", r"is of another model or other LoRA targets: it lacks base_model\S+"),
     ],
+    ids=["identity", "tensors"],
 )
 def test_a_checkpoint_of_another_model_or_other_targets(
     what: str, told: str, whole: Whole, ray_cluster: LocalRay, tmp_path: Path

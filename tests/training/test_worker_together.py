@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from functools import partial
@@ -16,8 +17,10 @@ from cluster.local import free_ports
 from tests.conftest import DEMO
 from training.config import TrainingConfig
 from training.data.conversations import DataError
-from training.keeping import identity_of
+from training.keeping import Keeper, identity_of, open_store
 from training.together import USER_ERRORS, Agreed, together
+
+from .checkpointing import new_run
 
 MODEL = Path("training/demo/model")
 
@@ -72,21 +75,43 @@ def test_an_error_of_one_is_raised_on_all(tmp_path: Path) -> None:
         ]
 
 
+def test_a_keeper_finds_the_newest_or_refuses(config: TrainingConfig, tmp_path: Path) -> None:
+    here = config.model_copy(update={"run": config.run.model_copy(update={"storage": str(tmp_path)})})
+    assert Keeper(here, tmp_path).find(MODEL, "rows") is None
+    store, run = open_store(here), new_run()
+    for _ in range(3):
+        run.step()
+        store.write(dataclasses.replace(run.snapshot(), identity=identity_of(here, MODEL, "rows")))
+    found = Keeper(here, tmp_path).find(MODEL, "rows")
+    assert found is not None
+    assert found.step == 3
+    states = sorted((tmp_path / "demo" / "checkpoints").glob("*/state.json"))
+    states[2].write_text("{}")
+    found = Keeper(here, tmp_path).find(MODEL, "rows")
+    assert found is not None
+    assert found.step == 2
+    assert store.steps() == [1, 2], "the damaged one is of a course that was left"
+    for state in states[:2]:
+        state.write_text("{}")
+    with pytest.raises(Agreed, match=r"all checkpoints in .* are damaged, those of the steps \[1, 2\]: restore one"):
+        Keeper(here, tmp_path).find(MODEL, "rows")
+
+
 def test_identity_is_the_bases_files_and_the_adapters_settings(config: TrainingConfig, tmp_path: Path) -> None:
-    own = identity_of(config, MODEL)
+    own = identity_of(config, MODEL, "rows")
     assert own == json.loads(json.dumps(own)), "it must survive the manifest"
     assert own["lora.rank"] == 8
     moved = tmp_path / "moved"
     shutil.copytree(MODEL, moved)
-    assert identity_of(config, moved) == own
+    assert identity_of(config, moved, "rows") == own
 
     settings = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps(settings | {"rope_theta": 1.0}))
-    assert identity_of(config, moved)["base"] != own["base"]
+    assert identity_of(config, moved, "rows")["base"] != own["base"]
     shutil.copy(MODEL / "config.json", moved)
     weights = next(moved.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes() + b"\0")
-    assert identity_of(config, moved)["base"] != own["base"]
+    assert identity_of(config, moved, "rows")["base"] != own["base"]
 
 
 @pytest.mark.parametrize(
@@ -95,6 +120,6 @@ def test_identity_is_the_bases_files_and_the_adapters_settings(config: TrainingC
 )
 def test_identity_tells_adapters_apart(field: str, value: object, config: TrainingConfig) -> None:
     other = config.model_copy(update={"lora": config.lora.model_copy(update={field: value})})
-    own, others = identity_of(config, MODEL), identity_of(other, MODEL)
+    own, others = identity_of(config, MODEL, "rows"), identity_of(other, MODEL, "rows")
     assert [key for key in own if own[key] != others[key]] == [f"lora.{field}"]
     assert others == json.loads(json.dumps(others))

@@ -154,7 +154,7 @@ def check_identity(snapshot: Snapshot, identity: Mapping[str, Any]) -> None:
     ]
     if differing:
         raise ArtifactError(
-            f"the checkpoint of step {snapshot.step} belongs to another model or other LoRA settings: "
+            f"the checkpoint of step {snapshot.step} belongs to another model, other LoRA settings or other data: "
             f"{'; '.join(differing)}; {REMEDY}"
         )
 

@@ -17,6 +17,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 FILLER = -1
 """index of a row without tokens, in the place of one that a micro-batch lacks"""
 
+VERSION = 1
+"""of the order; with another one a run that goes on would read rows twice and leave others out"""
+
 WINDOW = 400
 """rows among which those of like length are put together"""
 
