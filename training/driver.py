@@ -86,7 +86,7 @@ def run(config: TrainingConfig) -> Outcome:
             ),
             run_config=RunConfig(
                 name=config.run.name,
-                storage_path=config.run.storage,
+                storage_path=ray_folder(config.run.storage),
                 failure_config=FailureConfig(max_failures=config.workers.retries),
                 logging_config=LoggingConfig(log_level="WARNING"),
                 worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
@@ -100,6 +100,11 @@ def run(config: TrainingConfig) -> Outcome:
         return Outcome(None, end["step"], stop.exit_code)
     with _writing(config.run.storage):
         return Outcome(export_adapter(storage, open_store(config), config))
+
+
+def ray_folder(storage: str) -> str:
+    """Where Ray Train keeps what little it writes itself, for checkpoints are ours: it tries a storage only once."""
+    return str(Path(tempfile.gettempdir()) / "raysoner-ray-train") if "://" in storage else storage
 
 
 def prepare_data(config: TrainingConfig) -> dict[str, Any]:
