@@ -76,7 +76,7 @@ class Storage:
         Raises:
             StorageError: the URI is malformed, or of a storage that pyarrow does not know.
         """
-        if "://" not in location:
+        if not is_uri(location):
             path = str(Path(location).expanduser().absolute())
             return cls(pyarrow.fs.LocalFileSystem(), path)
         shown = without_secrets(location)
@@ -217,14 +217,19 @@ class Storage:
         return f"{self.location.rstrip('/')}/{name}" if name else self.location
 
 
+def is_uri(location: str) -> bool:
+    """Whether `location` is the URI of a storage, and no path."""
+    return "://" in location
+
+
 def without_secrets(location: str) -> str:
     """A path or URI as messages may show it: without user, password and options."""
-    return re.sub(r"(?<=://)[^/@]*@", "", location.partition("?")[0]) if "://" in location else location
+    return re.sub(r"(?<=://)[^/@]*@", "", location.partition("?")[0]) if is_uri(location) else location
 
 
 def below(location: str, name: str) -> str:
     """The path or URI of what is called `name` in the folder at `location`."""
-    folder, mark, options = location.partition("?") if "://" in location else (location, "", "")
+    folder, mark, options = location.partition("?") if is_uri(location) else (location, "", "")
     return f"{folder.rstrip('/')}/{name}{mark}{options}"
 
 
@@ -234,7 +239,7 @@ def open_filesystem(location: str) -> tuple[pyarrow.fs.FileSystem, str]:
     Raises:
         StorageError: the URI is malformed, or of a storage that pyarrow does not know. The message leaves it out.
     """
-    if "://" not in location:
+    if not is_uri(location):
         return pyarrow.fs.LocalFileSystem(), location
     try:
         filesystem, inner = pyarrow.fs.FileSystem.from_uri(location)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trl import SFTConfig
 
+from cluster.storage import is_uri
 from training.config import TrainingConfig
 
 
@@ -64,6 +65,6 @@ def trainer_arguments(config: TrainingConfig, scratch: Path, *, evaluate: bool) 
 
 def tensorboard_folder(config: TrainingConfig, scratch: Path) -> Path:
     """Where TensorBoard's events are written: the run's folder, or `scratch` where runs live in another storage."""
-    if "://" in config.run.storage:
+    if is_uri(config.run.storage):
         return scratch / "tensorboard"
     return Path(config.run.storage) / config.run.name / "tensorboard"

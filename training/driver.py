@@ -18,7 +18,7 @@ from ray.train.torch import TorchTrainer
 from cluster.config import ConfigError
 from cluster.model import ModelShape
 from cluster.placement import GpuNode, describe_nodes, gpu_nodes, workers_per_node
-from cluster.storage import Storage, below, without_secrets
+from cluster.storage import Storage, below, is_uri, without_secrets
 from training.claim import claim
 from training.config import TrainingConfig
 from training.data.documents import require_trained_tokens
@@ -26,7 +26,7 @@ from training.data.places import absolute
 from training.data.prepare import MANIFEST as PREPARED
 from training.data.prepare import Prepared, prepare, read_prepared
 from training.export import export_adapter, exported
-from training.keeping import open_store
+from training.keeping import open_store, run_folder
 from training.stopping import stopping_by_signal
 from training.strategy import choose_strategy
 from training.worker import train_loop
@@ -66,7 +66,7 @@ def run(config: TrainingConfig) -> Outcome:
         ray.train.TrainingFailedError: a worker failed more often than `workers.retries`.
     """
     config = locate(config)
-    storage = Storage.at(config.run.storage).child(config.run.name)
+    storage = run_folder(config)
     with _writing(config.run.storage):
         Storage.at(config.run.storage).probe()
         config = claim(storage, config)
@@ -104,7 +104,7 @@ def run(config: TrainingConfig) -> Outcome:
 
 def ray_folder(storage: str) -> str:
     """Where Ray Train keeps what little it writes itself, for checkpoints are ours: it tries a storage only once."""
-    return str(Path(tempfile.gettempdir()) / "raysoner-ray-train") if "://" in storage else storage
+    return str(Path(tempfile.gettempdir()) / "raysoner-ray-train") if is_uri(storage) else storage
 
 
 def prepare_data(config: TrainingConfig) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def prepare_data(config: TrainingConfig) -> dict[str, Any]:
 def _prepared(path: str, config: TrainingConfig) -> tuple[str, Prepared]:
     """Where the shards of `path` lie, and their manifest. For a storage other than a folder they are made here."""
     storage, arguments = config.run.storage, (path, config.data, config.model.path)
-    if "://" not in storage:
+    if not is_uri(storage):
         folder = prepare(*arguments, storage, config.run.seed)
         return str(folder), read_prepared(folder)
     with tempfile.TemporaryDirectory(prefix="raysoner-") as scratch:
@@ -154,7 +154,7 @@ def locate(config: TrainingConfig) -> TrainingConfig:
         ConfigError: storage is relative inside a job, or no storage at all.
     """
     storage = config.run.storage
-    if "://" not in storage:
+    if not is_uri(storage):
         expanded = Path(storage).expanduser()
         if inside_job() and not expanded.is_absolute():
             raise ConfigError(

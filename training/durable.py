@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from training.agreement import check_ranks_agree, of_all_ranks, trainable
 from training.checkpoints.buffers import SnapshotBuffers
 from training.checkpoints.rng import Rng, own_rng, set_rng
 from training.checkpoints.snapshot import Snapshot, restore_snapshot, take_snapshot
+from training.data.order import StepSampler
 from training.guards import StepFigures, StepGuard
 from training.keeping import Keeper
 from training.stopping import Wish
@@ -75,7 +75,7 @@ class DurableTrainer(WeightedTrainer):
             self.state.global_step = snapshot.step  # the run ended just after its last checkpoint
             return
         self._snapshot = snapshot
-        (scratch / TRAINER_STATE_NAME).write_text(json.dumps(snapshot.trainer_state), encoding="utf-8")
+        snapshot.new_trainer_state().save_to_json(str(scratch / TRAINER_STATE_NAME))
         self.train(resume_from_checkpoint=str(scratch))
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> torch.Tensor:
@@ -146,8 +146,9 @@ class DurableTrainer(WeightedTrainer):
         self.keeper.save(snapshot)
 
     def _position(self) -> dict[str, Any]:
+        sampler: StepSampler = self.callback_handler.train_dataloader.step_sampler
         return {
-            "epoch": self.state.epoch,
+            **sampler.position(self.state.global_step)._asdict(),
             "global_batch_size": self.global_batch_size,
             "guard": self.guard.state_dict(),
         }

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from cluster.artifacts import ArtifactError
-from cluster.storage import Storage
+from cluster.storage import Storage, is_uri
 from training.agreement import of_all_ranks
 from training.arguments import tensorboard_folder
 from training.checkpoints.saver import CheckpointSaver
@@ -34,7 +34,7 @@ class Keeper:
 
     def __init__(self, config: TrainingConfig, scratch: Path) -> None:
         self.config, self.scratch = config, scratch
-        self.storage = Storage.at(config.run.storage).child(config.run.name)
+        self.storage = run_folder(config)
         self.store = open_store(config)
         self.leads = not dist.is_initialized() or dist.get_rank() == 0
         self.saver = CheckpointSaver(self.store, self._committed) if self.leads else None
@@ -72,12 +72,7 @@ class Keeper:
     @property
     def failed(self) -> bool:
         """Whether a checkpoint in the background has failed for good, which the next `save` raises."""
-        try:
-            if self.saver is not None:
-                self.saver.check()
-        except ArtifactError:
-            return True
-        return False
+        return self.saver is not None and self.saver.failed
 
     def wait(self) -> None:
         """Return when everything that was handed over is in the storage; see `CheckpointSaver.wait`."""
@@ -105,16 +100,20 @@ class Keeper:
 
     def _committed(self, step: int) -> None:
         print(f"step {self.said(step)} saved", flush=True)
-        if "://" in self.config.run.storage and self.config.run.tracker == "tensorboard":
+        if is_uri(self.config.run.storage) and self.config.run.tracker == "tensorboard":
             folder = tensorboard_folder(self.config, self.scratch)
             for file in sorted(path for path in folder.rglob("*") if path.is_file()):
                 self.storage.write(f"tensorboard/{file.relative_to(folder).as_posix()}", file.read_bytes())
 
 
+def run_folder(config: TrainingConfig) -> Storage:
+    """Where a run keeps what it keeps."""
+    return Storage.at(config.run.storage).child(config.run.name)
+
+
 def open_store(config: TrainingConfig) -> CheckpointStore:
     """The checkpoints of a run."""
-    storage = Storage.at(config.run.storage).child(config.run.name)
-    return CheckpointStore(storage, config.run.keep_checkpoints, config.run.keep_best)
+    return CheckpointStore(run_folder(config), config.run.keep_checkpoints, config.run.keep_best)
 
 
 def identity_of(config: TrainingConfig, base: Path, rows: str) -> dict[str, Any]:

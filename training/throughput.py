@@ -19,6 +19,7 @@ from cluster.hardware import profile_of
 from cluster.model import ModelShape
 from training.config import TrainingConfig
 from training.data.documents import Counts
+from training.memory import adapted_expert_layers
 from training.modeling.expert_load import EXPERT_LOAD
 
 Batch = TypeVar("Batch")
@@ -185,11 +186,11 @@ def flops_per_token(config: TrainingConfig, shape: ModelShape, counts: Mapping[s
         shape: of its model.
         counts: of the prepared training data, as `Prepared` keeps them.
     """
-    layers, channels = config.lora.expert_layers, config.data.loss_weights
+    channels = config.data.loss_weights
     return shape.flops_per_token(
         rank=config.lora.rank,
         attention=config.lora.attention,
-        expert_layers=shape.num_hidden_layers if layers == "all" else len(layers),
+        expert_layers=adapted_expert_layers(config, shape),
         document_tokens=round(counts["tokens"] / counts["documents"]),
         trained_share=Counts(counts).trained(name for name in channels if channels[name]) / counts["tokens"],
     )

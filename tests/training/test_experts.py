@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,8 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
+from tests.training.processes import spawn_workers, take_place
 from training.modeling.adapters import load_adapters
 from training.modeling.base import peft_config
 from training.modeling.engine import prepare
@@ -345,9 +343,7 @@ def steps(model: Any, given: Tensor) -> dict[str, Any]:
 
 def work(rank: int, port: int, folder: str) -> None:
     """What each of two data-parallel workers does, on its half of the rows."""
-    torch.set_num_threads(1)
-    place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in place.items()}
+    take_place(rank, port)
     torch.distributed.init_process_group("gloo")
     model = torch.nn.parallel.DistributedDataParallel(ours("packed", lora(rank=3)))
     torch.save(steps(model, tokens(4)[rank * 2 : rank * 2 + 2]), Path(folder) / f"{rank}.pt")
@@ -358,10 +354,7 @@ def work(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_workers_are_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(work, (port, str(tmp_path)), nprocs=2)
+    spawn_workers(work, 2, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     alone = steps(ours("packed", lora(rank=3)), tokens(4))
     assert len(alone["gradients"]) == 24

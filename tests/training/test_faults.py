@@ -232,7 +232,8 @@ def test_a_storage_that_may_not_be_written(ray_cluster: LocalRay, tmp_path: Path
     [
         (
             "identity",
-            r"other LoRA settings or other data: base was 'other' and is '\w+'; lora.rank was 4",
+            r"belongs to another model or other LoRA settings or other data: base was 'other' and is '\w+'; "
+            r"lora.rank was 4",
         ),
         ("tensors", r"is of another model or other LoRA targets: it lacks base_model\S+"),
     ],

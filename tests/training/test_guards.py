@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.multiprocessing.spawn import spawn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from cluster.config import ConfigError
+from tests.training.processes import spawn_workers, take_place
 from training import agreement
 from training.agreement import (
     Installation,
@@ -311,9 +311,8 @@ def error_of(check: Callable[[], None]) -> str | None:
 
 def work(rank: int, port: int, folder: str) -> None:
     """What each of two workers finds, as JSON."""
-    torch.set_num_threads(1)
-    place = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
+    take_place(rank, port)
+    dist.init_process_group("gloo")
     found: dict[str, Any] = {}
 
     own_wish = [Wish.NONE]
@@ -365,10 +364,7 @@ def work(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_workers_decide_alike_and_find_what_differs(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(work, (port, str(tmp_path)), nprocs=2)
+    spawn_workers(work, 2, str(tmp_path))
     found, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert found == other
     assert found["mean"] == 2.0

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import socket
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -15,10 +13,10 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from torch.multiprocessing.spawn import spawn
 from transformers import TrainerCallback
 
 from tests.training.experts import lora, ours
+from tests.training.processes import spawn_workers, take_place
 from tests.training.test_trainer import WEIGHTS, assert_same, build, gradients_of, make_rows
 from training.data.collator import IGNORED, Collator
 from training.data.order import FILLER, RowsWithFiller, StepLoader, epoch_order
@@ -136,11 +134,9 @@ def write_gradients(folder: Path) -> None:
             save_file(gradients, folder / f"gradients-{size}-{step}.safetensors")
 
 
-def work(rank: int, workers: int, port: int, folder: str) -> None:
+def work(rank: int, port: int, workers: int, folder: str) -> None:
     """What each worker does: the gradients of all splits, and the rest of the run that one worker began."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in place.items()} | {"OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
+    take_place(rank, port, workers)
     check_gradients(Path(folder), workers)
     resumed = run(Path(folder) / "other", 4, 1, workers, resume=Path(folder) / "checkpoint-2", **RUN)
     (Path(folder) / f"resumed-{workers}-{rank}.json").write_text(json.dumps([resumed.rows, resumed.losses]))
@@ -182,10 +178,7 @@ def test_gradients_and_rows_do_not_depend_on_the_workers(folder: Path, uninterru
         write_gradients(folder)
         check_gradients(folder, 1)
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(work, (workers, port, str(folder)), nprocs=workers)
+    spawn_workers(work, workers, workers, str(folder))
     found = [json.loads((folder / f"resumed-{workers}-{rank}.json").read_text()) for rank in range(workers)]
     together = [sorted(chain.from_iterable(parts)) for parts in zip(*(rows for rows, _ in found), strict=True)]
     assert together == uninterrupted.rows[2:]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +11,10 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from cluster.hardware import profile_of
 from cluster.model import GPT_OSS_20B
+from tests.training.processes import spawn_workers, take_place
 from training.config import TrainingConfig
 from training.data.documents import Counts
 from training.modeling.expert_load import EXPERT_LOAD
@@ -219,8 +217,7 @@ def test_the_peak_of_known_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def work(rank: int, port: int, folder: str) -> None:
     """What each of two workers does: the second waits for its data, takes longer and has an idle expert."""
-    place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in place.items()}
+    take_place(rank, port)
     torch.distributed.init_process_group("gloo")
     clock = Clock()
     one = meter(clock, peak=100.0)
@@ -238,10 +235,7 @@ def work(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_workers_have_the_same_figures(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(work, (port, str(tmp_path)), nprocs=2)
+    spawn_workers(work, 2, str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["all"] == second["all"]
     assert first["seconds"] == second["seconds"] == 5

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +12,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.models.gpt_oss.modeling_gpt_oss import load_balancing_loss_func
@@ -22,8 +19,8 @@ from trl import SFTConfig, SFTTrainer
 
 from cluster.harmony import Label
 from tests.training.packed import tiny_model
+from tests.training.processes import spawn_workers, take_place
 from training.data.collator import IGNORED, Collator
-from training.modeling import offload
 from training.modeling.isolation import isolate_documents
 from training.trainer import WeightedTrainer
 
@@ -212,27 +209,6 @@ def test_one_times_eight_is_eight_times_one(tmp_path: Path, whole: Step) -> None
         assert apart.logs[name] == pytest.approx(whole.logs[name], rel=1e-6)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_that_were_away_come_back_as_they_were(
-    tmp_path: Path, whole: Step, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
-) -> None:
-    monkeypatch.setattr(offload, "SMALLEST_BYTES", 1)
-    away = 0
-    leave = offload.Offload._leave
-
-    def counted(*given: Any) -> Any:
-        nonlocal away
-        kept = leave(*given)
-        away += isinstance(kept, offload.Away)
-        return kept
-
-    monkeypatch.setattr(offload.Offload, "_leave", counted)
-    step = take_step(tmp_path, 8, 1, activation_offload=True, gradient_checkpointing=checkpointing)
-    assert away > 5
-    for name, gradient in whole.gradients.items():
-        assert torch.equal(step.gradients[name], gradient), name
-
-
 def test_a_mean_of_micro_batches_means_would_be_another_loss(trainer: Any, whole: Step) -> None:
     """What the comparisons of this file would find if tokens were not counted over the whole step."""
     batches = [Collator(WEIGHTS)([row]) for row in make_rows()]
@@ -386,9 +362,7 @@ def test_logits_are_refused(trainer: Any) -> None:
 
 def work(rank: int, port: int, folder: str) -> None:
     """What each of two workers does: a step on its 4 of 8 rows in one micro-batch, and in four."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in place.items()}
-    torch.set_num_threads(1)
+    take_place(rank, port)
     for micro_batch, accumulation in ((4, 1), (1, 4)):
         step = take_step(Path(folder), micro_batch, accumulation)
         torch.save(step._asdict(), Path(folder) / f"{micro_batch}-{rank}.pt")
@@ -398,10 +372,7 @@ def work(rank: int, port: int, folder: str) -> None:
 
 def test_two_workers_are_one(tmp_path: Path, whole: Step) -> None:
     """Gloo processes; evaluation too, whose five rows make accelerate repeat three."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(work, (port, str(tmp_path)), nprocs=2)
+    spawn_workers(work, 2, str(tmp_path))
     for micro_batch in (4, 1):
         for rank in (0, 1):
             step = Step(**torch.load(tmp_path / f"{micro_batch}-{rank}.pt"))

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from cluster.config import ConfigError, load_files
-from cluster.local import free_ports
 from tests.conftest import DEMO
+from tests.training.processes import spawn_workers, take_place
 from training.config import TrainingConfig
 from training.data.conversations import DataError
 from training.keeping import Keeper, identity_of, open_store
@@ -47,7 +46,8 @@ def test_one_worker_alone() -> None:
 
 def work(rank: int, port: int, folder: str) -> None:
     """What each of two workers sees, as JSON in `folder`."""
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    take_place(rank, port)
+    dist.init_process_group("gloo")
     seen: list[object] = [together(lambda: rank + 10)]
     for guilty in (0, 1):
         try:
@@ -64,7 +64,7 @@ def work(rank: int, port: int, folder: str) -> None:
 
 
 def test_an_error_of_one_is_raised_on_all(tmp_path: Path) -> None:
-    spawn(work, (free_ports(1)[0], str(tmp_path)), nprocs=2)
+    spawn_workers(work, 2, str(tmp_path))
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == [
             rank + 10,

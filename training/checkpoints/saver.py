@@ -70,8 +70,13 @@ class CheckpointSaver:
 
     def check(self) -> None:
         """Raise what `save` would, at once and without waiting: cheap enough for every step."""
-        if self._error is not None and not self._is_tolerable(self._error):
+        if self.failed:
             self._raise()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a checkpoint has failed for good, so that `check` and `save` raise."""
+        return self._error is not None and not self._is_tolerable(self._error)
 
     def wait(self) -> None:
         """Return when everything that was saved is in the storage.

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from transformers import TrainerState
 
 from cluster.artifacts import ArtifactError
+from training.agreement import trainable
 from training.checkpoints.buffers import SnapshotBuffers
 from training.checkpoints.optimizer import load_state, named_groups, state_scalars, state_tensors
 from training.checkpoints.rng import Rng
@@ -154,7 +155,7 @@ def check_identity(snapshot: Snapshot, identity: Mapping[str, Any]) -> None:
     ]
     if differing:
         raise ArtifactError(
-            f"the checkpoint of step {snapshot.step} belongs to another model, other LoRA settings or other data: "
+            f"the checkpoint of step {snapshot.step} belongs to another model or other LoRA settings or other data: "
             f"{'; '.join(differing)}; {REMEDY}"
         )
 
@@ -165,13 +166,13 @@ def adapter_weights(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     Raises:
         ValueError: there are none, one is sharded, or one is no part of what PEFT saves.
     """
-    trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    trained = trainable(model)
     # Given weights to choose from, PEFT picks and renames, and asks the base for nothing.
     saved: dict[str, torch.nn.Parameter] = get_peft_model_state_dict(
-        model, state_dict=trainable, save_embedding_layers=False
+        model, state_dict=trained, save_embedding_layers=False
     )
-    if not trainable or {id(weight) for weight in saved.values()} != {id(weight) for weight in trainable.values()}:
-        raise ValueError(f"of {len(trainable)} trainable weights PEFT saves {len(saved)}; all must be an adapter's")
+    if not trained or {id(weight) for weight in saved.values()} != {id(weight) for weight in trained.values()}:
+        raise ValueError(f"of {len(trained)} trainable weights PEFT saves {len(saved)}; all must be an adapter's")
     sharded = [name for name, weight in saved.items() if isinstance(weight, DTensor)]
     if sharded:
         raise ValueError(f"{sharded[0]} is sharded; a checkpoint holds adapters that are whole on every worker")

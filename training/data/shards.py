@@ -12,6 +12,7 @@ import pyarrow.parquet
 from datasets import Dataset
 
 from cluster.artifacts import publish_file
+from cluster.storage import is_uri
 from training.data.packing import Row
 from training.data.places import open_filesystem
 
@@ -53,7 +54,7 @@ def read_shards(place: str, scratch: Path) -> Dataset:
         place: the folder, or its URI, from where the shards are copied first.
         scratch: folder on this node, for that.
     """
-    if "://" not in place:
+    if not is_uri(place):
         return Dataset.from_parquet(shard_files(Path(place)))
     source, inner = open_filesystem(place)
     copy = scratch / Path(inner).name
