@@ -39,6 +39,10 @@ class Manifest(BaseModel):
     files: dict[str, str]
     """SHA-256 by file name, the manifest itself left out"""
 
+    def to_bytes(self) -> bytes:
+        """The content of `manifest.json`."""
+        return (self.model_dump_json(indent=2) + "\n").encode()
+
 
 def write_manifest(
     folder: Path, kind: Literal["adapter", "checkpoint"], base: str, details: dict[str, Any]
@@ -46,7 +50,7 @@ def write_manifest(
     """Hash the files of `folder` and write its `manifest.json`."""
     files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST}
     manifest = Manifest(kind=kind, base=base, details=details, files=files)
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_bytes(manifest.to_bytes())
     return manifest
 
 

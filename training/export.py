@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
-
-from cluster.artifacts import MANIFEST, ArtifactError, write_manifest
+from cluster.artifacts import MANIFEST, ArtifactError, Manifest, sha256_of
 from cluster.storage import Storage
-from training.checkpoints.snapshot import Snapshot
+from training.checkpoints.files import adapter_files
 from training.checkpoints.store import CheckpointStore
 from training.config import TrainingConfig
 
@@ -37,19 +31,18 @@ def export_adapter(storage: Storage, store: CheckpointStore, config: TrainingCon
     snapshot = store.best() if config.run.export == "best" else store.newest()
     if snapshot is None:
         raise ArtifactError(f"{store} holds no whole checkpoint, so there is no adapter; run the same command again")
+    files = adapter_files(snapshot)
+    manifest = Manifest(
+        kind="adapter",
+        base=config.model.path,
+        details={"config": config.model_dump(mode="json"), "metrics": snapshot.metrics, "versions": _versions()},
+        files={name: sha256_of(pieces) for name, pieces in files.items()},
+    )
     folder = storage.child(FOLDER)
-    with tempfile.TemporaryDirectory(prefix="raysoner-") as scratch:
-        _write(snapshot, config, Path(scratch))
-        for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, MANIFEST):
-            folder.write(name, (Path(scratch) / name).read_bytes())
+    for name, pieces in files.items():
+        folder.write(name, pieces)
+    folder.write(MANIFEST, manifest.to_bytes())
     return str(folder)
-
-
-def _write(snapshot: Snapshot, config: TrainingConfig, scratch: Path) -> None:
-    save_file(snapshot.adapter, scratch / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
-    (scratch / CONFIG_NAME).write_text(json.dumps(snapshot.adapter_config, indent=2, sort_keys=True) + "\n", "utf-8")
-    details = {"config": config.model_dump(mode="json"), "metrics": snapshot.metrics, "versions": _versions()}
-    write_manifest(scratch, "adapter", config.model.path, details)
 
 
 def _versions() -> dict[str, Any]:

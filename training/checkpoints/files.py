@@ -90,12 +90,19 @@ def to_files(snapshot: Snapshot) -> dict[str, Pieces]:
     }
     rng = {f"{rank}.{name}": tensor for rank, of_rank in enumerate(snapshot.rng) for name, tensor in of_rank.items()}
     return {
-        SAFETENSORS_WEIGHTS_NAME: to_safetensors(snapshot.adapter),
-        CONFIG_NAME: [_json(snapshot.adapter_config)],
+        **adapter_files(snapshot),
         OPTIMIZER: to_safetensors(snapshot.moments),
         RNG: to_safetensors(rng),
         STATE: [_json(state)],
         TRAINER_STATE: [_json(snapshot.trainer_state)],
+    }
+
+
+def adapter_files(snapshot: Snapshot) -> dict[str, Pieces]:
+    """Those of `to_files` that are a PEFT adapter."""
+    return {
+        SAFETENSORS_WEIGHTS_NAME: to_safetensors(snapshot.adapter),
+        CONFIG_NAME: [_json(snapshot.adapter_config)],
     }
 
 
