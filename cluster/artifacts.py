@@ -20,6 +20,9 @@ from cluster.model import ModelShape
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_SETTINGS = "adapter_config.json"
+"""PEFT's names of an adapter's files"""
 
 
 class ArtifactError(ValueError):

@@ -25,12 +25,10 @@ from training.data.documents import require_trained_tokens
 from training.data.places import absolute
 from training.data.prepare import MANIFEST as PREPARED
 from training.data.prepare import Prepared, prepare, read_prepared
-from training.export import export_adapter, exported
-from training.keeping import open_store, run_folder
+from training.folders import exported, run_folder
 from training.scratch import scratch_folder
 from training.stopping import stopping_by_signal
 from training.strategy import choose_strategy
-from training.worker import train_loop
 
 WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -100,7 +98,21 @@ def run(config: TrainingConfig) -> Outcome:
     if end["stopped"]:
         return Outcome(None, end["step"], stop.exit_code)
     with _writing(config.run.storage):
-        return Outcome(export_adapter(storage, open_store(config), config))
+        return Outcome(_export(storage, config))
+
+
+def train_loop(raw: dict[str, Any]) -> dict[str, Any]:
+    """`training.worker.train_loop`, whose libraries take seconds to import: the driver and Ray's controller do not."""
+    from training import worker
+
+    return worker.train_loop(raw)
+
+
+def _export(storage: Storage, config: TrainingConfig) -> str:
+    from training.checkpoints.store import open_store
+    from training.export import export_adapter
+
+    return export_adapter(storage, open_store(config), config)
 
 
 def ray_folder(storage: str) -> str:

@@ -10,15 +10,9 @@ from cluster.storage import Storage
 from training.checkpoints.files import adapter_files
 from training.checkpoints.store import CheckpointStore
 from training.config import TrainingConfig
+from training.folders import ADAPTER
 
-FOLDER = "adapter"
 PACKAGES = ("ray", "torch", "transformers", "trl", "peft")
-
-
-def exported(storage: Storage) -> str | None:
-    """Where the run's adapter lies, if the run is finished."""
-    folder = storage.child(FOLDER)
-    return str(folder) if folder.exists(MANIFEST) else None
 
 
 def export_adapter(storage: Storage, store: CheckpointStore, config: TrainingConfig) -> str:
@@ -38,7 +32,7 @@ def export_adapter(storage: Storage, store: CheckpointStore, config: TrainingCon
         details={"config": config.model_dump(mode="json"), "metrics": snapshot.metrics, "versions": _versions()},
         files={name: sha256_of(pieces) for name, pieces in files.items()},
     )
-    folder = storage.child(FOLDER)
+    folder = storage.child(ADAPTER)
     for name, pieces in files.items():
         folder.write(name, pieces)
     folder.write(MANIFEST, manifest.to_bytes())

@@ -11,14 +11,15 @@ from typing import Any
 import torch.distributed as dist
 
 from cluster.artifacts import ArtifactError
-from cluster.storage import Storage, is_uri
+from cluster.storage import is_uri
 from training.agreement import of_all_ranks
 from training.arguments import tensorboard_folder
 from training.checkpoints.saver import CheckpointSaver
 from training.checkpoints.snapshot import Snapshot, check_identity
-from training.checkpoints.store import CheckpointStore
+from training.checkpoints.store import open_store
 from training.config import TrainingConfig
 from training.data.order import VERSION
+from training.folders import run_folder
 from training.together import together
 
 
@@ -104,16 +105,6 @@ class Keeper:
             folder = tensorboard_folder(self.config, self.scratch)
             for file in sorted(path for path in folder.rglob("*") if path.is_file()):
                 self.storage.write(f"tensorboard/{file.relative_to(folder).as_posix()}", file.read_bytes())
-
-
-def run_folder(config: TrainingConfig) -> Storage:
-    """Where a run keeps what it keeps."""
-    return Storage.at(config.run.storage).child(config.run.name)
-
-
-def open_store(config: TrainingConfig) -> CheckpointStore:
-    """The checkpoints of a run."""
-    return CheckpointStore(run_folder(config), config.run.keep_checkpoints, config.run.keep_best)
 
 
 def identity_of(config: TrainingConfig, base: Path, rows: str) -> dict[str, Any]:

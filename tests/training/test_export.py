@@ -16,7 +16,8 @@ from tests.conftest import DEMO
 from training.checkpoints.snapshot import Snapshot
 from training.checkpoints.store import CheckpointStore
 from training.config import TrainingConfig
-from training.export import export_adapter, exported
+from training.export import export_adapter
+from training.folders import exported
 
 from .checkpointing import new_run
 from .packed import tiny_model

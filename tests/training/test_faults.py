@@ -46,7 +46,7 @@ from .unreliable import failing_every_third_put
 pytestmark = [pytest.mark.cluster, pytest.mark.fault]
 
 STEPS = WHOLE["run__maximum_steps"]
-KILLS = 20 if LONG else 3
+KILLS = 20 if LONG else 2
 LONG_RUN = {"run__maximum_steps": 80, "run__saving_steps": 3}
 
 

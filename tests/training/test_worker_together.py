@@ -14,9 +14,10 @@ import torch.distributed as dist
 from cluster.config import ConfigError, load_files
 from tests.conftest import DEMO
 from tests.training.processes import spawn_workers, take_place
+from training.checkpoints.store import open_store
 from training.config import TrainingConfig
 from training.data.conversations import DataError
-from training.keeping import Keeper, identity_of, open_store
+from training.keeping import Keeper, identity_of
 from training.together import USER_ERRORS, Agreed, together
 
 from .checkpointing import new_run

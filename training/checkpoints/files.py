@@ -11,11 +11,10 @@ from typing import Any, Literal
 
 import safetensors.torch
 import torch
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from cluster.artifacts import MANIFEST, ArtifactError, sha256_of
+from cluster.artifacts import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, MANIFEST, ArtifactError, sha256_of
 from training.checkpoints.rng import Rng
 from training.checkpoints.snapshot import Snapshot
 
@@ -23,7 +22,7 @@ OPTIMIZER = "optimizer.safetensors"
 RNG = "rng.safetensors"
 STATE = "state.json"
 TRAINER_STATE = "trainer_state.json"
-FILES = (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, OPTIMIZER, RNG, STATE, TRAINER_STATE)
+FILES = (ADAPTER_WEIGHTS, ADAPTER_SETTINGS, OPTIMIZER, RNG, STATE, TRAINER_STATE)
 
 DTYPES = {
     torch.float64: "F64",
@@ -101,8 +100,8 @@ def to_files(snapshot: Snapshot) -> dict[str, Pieces]:
 def adapter_files(snapshot: Snapshot) -> dict[str, Pieces]:
     """Those of `to_files` that are a PEFT adapter."""
     return {
-        SAFETENSORS_WEIGHTS_NAME: to_safetensors(snapshot.adapter),
-        CONFIG_NAME: [_json(snapshot.adapter_config)],
+        ADAPTER_WEIGHTS: to_safetensors(snapshot.adapter),
+        ADAPTER_SETTINGS: [_json(snapshot.adapter_config)],
     }
 
 
@@ -115,8 +114,8 @@ def from_files(manifest: CheckpointManifest, files: Mapping[str, bytes]) -> Snap
         rng[int(rank)][name] = tensor
     return Snapshot(
         step=manifest.step,
-        adapter=safetensors.torch.load(files[SAFETENSORS_WEIGHTS_NAME]),
-        adapter_config=json.loads(files[CONFIG_NAME]),
+        adapter=safetensors.torch.load(files[ADAPTER_WEIGHTS]),
+        adapter_config=json.loads(files[ADAPTER_SETTINGS]),
         moments=safetensors.torch.load(files[OPTIMIZER]),
         scalars=state["scalars"],
         param_groups=state["param_groups"],

@@ -6,20 +6,22 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from transformers import TrainerState
 
 from cluster.artifacts import ArtifactError
 from training.agreement import trainable
 from training.checkpoints.buffers import SnapshotBuffers
 from training.checkpoints.optimizer import load_state, named_groups, state_scalars, state_tensors
 from training.checkpoints.rng import Rng
+
+if TYPE_CHECKING:  # the driver reads snapshots too, and these take seconds to import
+    from peft import PeftModel
+    from transformers import TrainerState
 
 REMEDY = "give the run the settings that it had, or another run.name"
 
@@ -62,6 +64,8 @@ class Snapshot:
 
     def new_trainer_state(self) -> TrainerState:
         """A TrainerState as it was, of its own."""
+        from transformers import TrainerState
+
         return TrainerState(**copy.deepcopy(self.trainer_state))
 
 
@@ -168,6 +172,8 @@ def adapter_weights(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     """
     trained = trainable(model)
     # Given weights to choose from, PEFT picks and renames, and asks the base for nothing.
+    from peft import get_peft_model_state_dict
+
     saved: dict[str, torch.nn.Parameter] = get_peft_model_state_dict(
         model, state_dict=trained, save_embedding_layers=False
     )

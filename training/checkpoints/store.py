@@ -16,6 +16,8 @@ from cluster.artifacts import MANIFEST, ArtifactError, sha256_of
 from cluster.storage import Storage
 from training.checkpoints.files import CheckpointManifest, check_file, from_files, to_files
 from training.checkpoints.snapshot import Snapshot
+from training.config import TrainingConfig
+from training.folders import run_folder
 
 FOLDER = "checkpoints"
 METRIC = "eval_loss"
@@ -239,3 +241,8 @@ class CheckpointStore:
         self._whole.pop(attempt, None)
         self.storage.delete(f"{attempt.name}/{MANIFEST}")
         self.storage.delete(attempt.name)
+
+
+def open_store(config: TrainingConfig) -> CheckpointStore:
+    """The checkpoints of a run."""
+    return CheckpointStore(run_folder(config), config.run.keep_checkpoints, config.run.keep_best)
