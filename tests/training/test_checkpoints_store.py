@@ -75,10 +75,6 @@ def test_written_and_found(store: CheckpointStore, snapshot: Snapshot) -> None:
     newest = store.newest(said.append)
     assert newest is not None
     assert newest.step == 100_000_000
-    before = store.latest_intact_before(30, said.append)
-    assert before is not None
-    assert before.step == 4
-    assert store.latest_intact_before(4, said.append) is None
     assert said == []
     store.discard_after(4)
     assert store.steps() == [4]

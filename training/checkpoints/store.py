@@ -119,7 +119,18 @@ class CheckpointStore:
         Raises:
             StorageError: the storage does not answer.
         """
-        return self._newest_of(self._attempts(), log)
+        snapshot: Snapshot | None = None
+        damages: list[ArtifactError] = []
+        for attempt in reversed(self._attempts()):
+            try:
+                snapshot = self._load(attempt)
+                break
+            except ArtifactError as error:
+                damages.append(error)
+        instead = f"the one of step {snapshot.step} is used" if snapshot else "there is no whole one before it"
+        for damage in damages:
+            log(f"a checkpoint is passed over, {instead}: {damage}")
+        return snapshot
 
     def best(self) -> Snapshot | None:
         """The whole checkpoint with the lowest `eval_loss`, the oldest of equals; None if none was evaluated.
@@ -129,10 +140,6 @@ class CheckpointStore:
         """
         attempt = self._best(self._finished())
         return None if attempt is None else self._load(attempt)
-
-    def latest_intact_before(self, step: int, log: Callable[[str], None] = print) -> Snapshot | None:
-        """As `newest`, of the checkpoints before `step`."""
-        return self._newest_of([attempt for attempt in self._attempts() if attempt.step < step], log)
 
     def discard_after(self, step: int) -> None:
         """Remove the checkpoints beyond `step`, of a course that a run left when it went back to `step`.
@@ -168,20 +175,6 @@ class CheckpointStore:
         for attempt in finished:
             if attempt < last[-1] and attempt != best:
                 self._remove(attempt)
-
-    def _newest_of(self, attempts: list[Attempt], log: Callable[[str], None]) -> Snapshot | None:
-        snapshot: Snapshot | None = None
-        damages: list[ArtifactError] = []
-        for attempt in reversed(attempts):
-            try:
-                snapshot = self._load(attempt)
-                break
-            except ArtifactError as error:
-                damages.append(error)
-        instead = f"the one of step {snapshot.step} is used" if snapshot else "there is no whole one before it"
-        for damage in damages:
-            log(f"a checkpoint is passed over, {instead}: {damage}")
-        return snapshot
 
     def _best(self, finished: list[Attempt]) -> Attempt | None:
         """The whole checkpoint with the lowest metric, the oldest of equals."""
