@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 
@@ -14,7 +13,7 @@ from training.data.conversations import DataError
 USAGE = """usage: python -m training VERB [flags]
 
   run     fine-tune gpt-oss with LoRA on a Ray cluster, or resume a run
-  merge   fold an adapter into its base and write a bf16 checkpoint
+  merge   fold an adapter into its base and write a checkpoint
   data    check, show, mix and prepare data sets: `python -m training data --help`
 
 `python -m training VERB --help` lists the flags of a verb."""
@@ -71,17 +70,9 @@ def _run(arguments: list[str]) -> int:
 
 
 def _merge(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training merge", description="Fold an adapter into its base.")
-    parser.add_argument("--adapter", required=True, help="folder of a finished adapter, e.g. RUN/adapter")
-    parser.add_argument("--base", help="checkpoint folder of the base (default: the one the adapter was trained on)")
-    parser.add_argument("--out", required=True, help="folder of the merged checkpoint")
-    flags = parser.parse_args(arguments)
+    from training.merge.commands import main
 
-    from training.merge import merge
-
-    merge(flags.adapter, flags.out, base=flags.base)
-    print(f"merged    {flags.out}")
-    return 0
+    return main(arguments)
 
 
 def _data(arguments: list[str]) -> int:

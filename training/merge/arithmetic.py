@@ -1,0 +1,118 @@
+"""W + s·A·B of one expert or some rows of a matrix: in fp32, rounded once.
+
+On a CPU a tile of rows at a time goes through all steps while it is in the cache, and buffers are used again: the steps
+are bound by memory. On a GPU a whole expert does. Shape legend: I input features, O output features, R rank, G groups
+of 32 along I.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from training.modeling.mxfp4 import BLOCK, SCALE_BIAS, VALUES, dequantise
+
+TILE = 32 * 2880
+"""elements that go through all steps together on a CPU: 360 kB in fp32"""
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A [R, I] and B [O, R]"""
+
+
+class Scratch(threading.local):
+    """Buffers of a thread, which grow as needed and are used again: fresh memory costs a page fault each 4 kB."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, torch.Tensor] = {}
+
+    def tensor(self, use: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """An uninitialised tensor, the same memory at each call of a `use`."""
+        size = int(np.prod(shape))
+        held = self._held.get(use)
+        if held is None or len(held) < size or held.dtype != dtype or held.device != device:
+            held = self._held[use] = torch.empty(size, dtype=dtype, device=device)
+        return held[:size].view(shape)
+
+
+_scratch = Scratch()
+
+
+def _byte_table() -> np.ndarray[Any, np.dtype[np.int64]]:
+    """By byte, the two fp32 values that it packs, the low nibble's first, as one 64-bit word."""
+    byte = np.arange(256)
+    values = np.array(VALUES, np.float32)
+    return np.stack((values[byte & 0x0F], values[byte >> 4]), axis=-1).view(np.int64).ravel()
+
+
+_BYTE_TABLE = _byte_table()
+_SCALES = torch.ldexp(torch.ones(256), torch.arange(256, dtype=torch.int32) - SCALE_BIAS)
+"""what a scale byte stands for; made as `dequantise` makes it"""
+
+
+def tiles(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
+    """Rows that go through all steps together."""
+    step = max(1, TILE // columns) if device.type == "cpu" else rows
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def unpack(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Rows of packed weights in fp32: the transpose of what `dequantise` gives, bit for bit.
+
+    Args:
+        blocks: uint8 [O, G, 16].
+        scales: uint8 [O, G].
+
+    Returns:
+        [O, I]; on a CPU the memory is this thread's, and is written over by the next call.
+    """
+    rows, groups = scales.shape
+    if blocks.device.type != "cpu":
+        return dequantise(blocks[None], scales[None], torch.float32)[0].T
+    weights = _scratch.tensor("unpacked", (rows, groups, BLOCK), torch.float32, blocks.device)
+    pairs = weights.view(-1).numpy().view(np.int64).reshape(rows, groups, BLOCK // 2)
+    np.take(_BYTE_TABLE, blocks.numpy(), out=pairs, mode="clip")
+    weights *= _SCALES[scales.int()].unsqueeze(-1)
+    return weights.flatten(-2)
+
+
+def fold_packed(blocks: torch.Tensor, scales: torch.Tensor, pair: Pair | None, scale: float, out: torch.Tensor) -> None:
+    """Write W + s·A·B of a packed expert to `out`.
+
+    Args:
+        blocks: uint8 [O, G, 16].
+        scales: uint8 [O, G].
+        pair: fp32, on the device of `blocks`; None where the expert is not adapted.
+        scale: s.
+        out: [I, O], in host memory.
+    """
+    for tile in tiles(len(scales), scales.shape[1] * BLOCK, blocks.device):
+        weights = unpack(blocks[tile], scales[tile])
+        if pair is not None:
+            a, b = pair
+            weights.addmm_(b[tile], a, alpha=scale)
+        rounded = _scratch.tensor("rounded", tuple(weights.shape), out.dtype, weights.device).copy_(weights)
+        out[:, tile].copy_(rounded.T)
+
+
+def fold_dense(weights: torch.Tensor, pair: Pair | None, scale: float, out: torch.Tensor) -> None:
+    """Write W + s·L·M of some rows of a matrix to `out`.
+
+    Args:
+        weights: [N, M], in any precision.
+        pair: M [R, M] and L [N, R], fp32, on the device of `weights`: A and B of a matrix [O, I], Bᵀ and Aᵀ of an
+            expert [I, O]. None where the matrix is not adapted.
+        scale: s.
+        out: [N, M], in host memory.
+    """
+    if pair is None:
+        out.copy_(weights)
+        return
+    right, left = pair
+    for tile in tiles(len(weights), weights.shape[1], weights.device):
+        source = weights[tile]
+        exact = _scratch.tensor("exact", tuple(source.shape), torch.float32, source.device).copy_(source)
+        out[tile].copy_(exact.addmm_(left[tile], right, alpha=scale))
