@@ -3,8 +3,8 @@
 python -m tests.benchmarks.merge_effect
 
 One expert of gpt-oss's size, its weights normal and put in MXFP4 by the specification's scales; an adapter of rank 8
-whose Δ has `size` times the norm of W. Figures are errors of the effect, ‖(W' − W) − Δ‖/‖Δ‖, and on activations the same
-of products with white inputs: 0 is lossless, 1 is lost, above 1 the merge does more harm than to leave the adapter out.
+whose Δ has `size` times the norm of W. Figures are errors of the effect, ‖(W' − W) − Δ‖/‖Δ‖, and on activations the
+same of products with white inputs: 0 is lossless, 1 is lost, above 1 it does more harm than to leave the adapter out.
 """
 
 from __future__ import annotations

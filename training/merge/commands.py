@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 
 from cluster.artifacts import ArtifactError
@@ -93,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--shard-gib",
-        type=float,
+        type=_size,
         default=SHARD_BYTES / 2**30,
         metavar="GIB",
         help="size of a file in the format bf16 (default: %(default)g)",
@@ -105,6 +106,16 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no number of tasks")
     return int(text)
+
+
+def _size(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size in GiB")
+    return size
 
 
 def _share(text: str) -> float:
