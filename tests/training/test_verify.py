@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.artifacts import MANIFEST, WEIGHTS, sha256
+from training.merge import merge
 from training.verify.commands import main
 
 from .verifying import Made, base_weight, copy_of, edit, make, make_base, rewrite, side_by_side, sign, verdict_of
@@ -21,6 +22,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = "training/demo/data/heldout.jsonl"
 GATE_UP, DOWN = (f"model.layers.1.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj"))
+LENIENT = ("--maximum-kl", 10, "--minimum-agreement", 0, "--minimum-effect", -10)
+"""logits of this random model say little of a merge that loses half of the adapter"""
 CHECKS = ["hashes", "config", "tokenizer", "chat_template", "generation", "tensors", "weights", "adapter", "logits"]
 
 
@@ -177,6 +180,26 @@ def test_a_faint_adapter_that_was_lost_fails_too(faint: Made, tmp_path: Path, lo
     code, verdict = verdict_of(folder)
     assert code == 1
     assert [check.name for check in verdict.failed] == ["adapter"]
+
+
+def test_mxfp4_keeps_what_the_merge_says(made: Made, tmp_path: Path) -> None:
+    merge(str(made.adapter), str(tmp_path / "merged"), format="mxfp4", keep_at_least=0.0)
+    folder = tmp_path / "merged"
+    code, verdict = verdict_of(folder, "--adapter", made.adapter, *LENIENT)
+    assert (code, verdict.failed) == (0, [])
+    assert verdict.checks[7].figures["kept_by_projection"]["down_proj"] < 0.99
+    base = load_file(made.base / WEIGHTS)
+
+    def lose(tensors: dict[str, torch.Tensor]) -> None:
+        for part in ("blocks", "scales"):
+            tensors[f"{GATE_UP}_{part}"][2].copy_(base[f"{GATE_UP}_{part}"][2])
+
+    rewrite(folder, lose)
+    code, verdict = verdict_of(folder, "--adapter", made.adapter, *LENIENT)
+    assert code == 1
+    (check,) = verdict.failed
+    assert check.name == "adapter"
+    assert re.search(r"gate_up_proj(\[2\] is not| kept less or more of the adapter than the merge)", check.message)
 
 
 def test_another_base_fails(made: Made, tmp_path: Path) -> None:
