@@ -13,12 +13,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 START_SECONDS = 60.0
+TRIES = 3
+"""Ray gives a node 30 s to come up, which a busy machine may not"""
+LOG = "start.log"
+STARTED = "Ray runtime started"
+"""what `ray start` prints last"""
 STOP_SECONDS = 6.0
 OBJECT_STORE_BYTES = 200_000_000
 
@@ -35,12 +40,12 @@ PORT_FLAGS = (
 
 @dataclass(frozen=True)
 class LocalRay:
-    """A running head node. `environment` is what a process needs to join it."""
+    """A running head node. `environment` is what a process needs to join it, the token among it."""
 
     address: str
     dashboard: str
     folder: Path
-    environment: dict[str, str]
+    environment: dict[str, str] = field(repr=False)
 
 
 @contextmanager
@@ -50,7 +55,22 @@ def local_ray(cpus: int) -> Iterator[LocalRay]:
     Raises:
         RuntimeError: Ray does not come up; the message holds what it printed.
     """
-    folder = Path(tempfile.mkdtemp(prefix="rs-"))
+    for tries_left in reversed(range(TRIES)):
+        folder = Path(tempfile.mkdtemp(prefix="rs-"))
+        head, ray = _start(folder, cpus)
+        try:
+            if _is_up(head, folder):
+                yield ray
+                return
+            if not tries_left:
+                printed = (folder / LOG).read_text(errors="replace")
+                raise RuntimeError(f"Ray did not start, {TRIES} times; the last time it said:\n{printed[-2000:]}")
+        finally:
+            stop_tree(head)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(folder: Path, cpus: int) -> tuple[subprocess.Popen[bytes], LocalRay]:
     ports = dict(zip(PORT_FLAGS, free_ports(len(PORT_FLAGS)), strict=True))
     address = f"127.0.0.1:{ports['--port']}"
     environment = {
@@ -65,16 +85,10 @@ def local_ray(cpus: int) -> Iterator[LocalRay]:
     command += ["--node-ip-address", "127.0.0.1", "--temp-dir", str(folder), "--include-dashboard", "true"]
     command += ["--object-store-memory", str(OBJECT_STORE_BYTES)]
     command += [f"{flag}={port}" for flag, port in ports.items()]
-    log = folder / "start.log"
-    with log.open("wb") as output:
+    with (folder / LOG).open("wb") as output:
         head = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
-    joined = {**environment, "RAY_ADDRESS": address}
-    try:
-        _wait_until_up(head, (ports["--port"], ports["--dashboard-port"]), log)
-        yield LocalRay(address, f"http://127.0.0.1:{ports['--dashboard-port']}", folder, joined)
-    finally:
-        stop_tree(head)
-        shutil.rmtree(folder, ignore_errors=True)
+    dashboard = f"http://127.0.0.1:{ports['--dashboard-port']}"
+    return head, LocalRay(address, dashboard, folder, {**environment, "RAY_ADDRESS": address})
 
 
 def free_ports(count: int) -> list[int]:
@@ -106,14 +120,11 @@ def stop_tree(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _wait_until_up(head: subprocess.Popen[bytes], ports: tuple[int, ...], log: Path) -> None:
+def _is_up(head: subprocess.Popen[bytes], folder: Path) -> bool:
+    """Wait until the node is there, or has given up: its ports answer before that is known."""
     end = time.monotonic() + START_SECONDS
-    waiting = list(ports)
-    while waiting:
+    while STARTED not in (folder / LOG).read_text(errors="replace"):
         if head.poll() is not None or time.monotonic() > end:
-            raise RuntimeError(f"Ray did not start:\n{log.read_text(errors='replace')[-2000:]}")
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", waiting[0])) == 0:
-                waiting.pop(0)
-            else:
-                time.sleep(0.2)
+            return False
+        time.sleep(0.2)
+    return True

@@ -27,6 +27,7 @@ from training.data.prepare import MANIFEST as PREPARED
 from training.data.prepare import Prepared, prepare, read_prepared
 from training.export import export_adapter, exported
 from training.keeping import open_store, run_folder
+from training.scratch import scratch_folder
 from training.stopping import stopping_by_signal
 from training.strategy import choose_strategy
 from training.worker import train_loop
@@ -105,7 +106,7 @@ def run(config: TrainingConfig) -> Outcome:
 
 def ray_folder(storage: str) -> str:
     """Where Ray Train keeps what little it writes itself, for checkpoints are ours: it tries a storage only once."""
-    return str(Path(tempfile.gettempdir()) / "raysoner-ray-train") if is_uri(storage) else storage
+    return str(Path(tempfile.gettempdir()) / f"ray-train-{os.getuid()}") if is_uri(storage) else storage
 
 
 def prepare_data(config: TrainingConfig) -> dict[str, Any]:
@@ -140,8 +141,8 @@ def _prepared(path: str, config: TrainingConfig) -> tuple[str, Prepared]:
     if not is_uri(storage):
         folder = prepare(*arguments, storage, config.run.seed)
         return str(folder), read_prepared(folder)
-    with tempfile.TemporaryDirectory(prefix="raysoner-") as scratch:
-        folder = prepare(*arguments, scratch, config.run.seed, spread=False)
+    with scratch_folder() as scratch:
+        folder = prepare(*arguments, str(scratch), config.run.seed, spread=False)
         there = Storage.at(storage).child("prepared").child(folder.name)
         files = sorted(folder.iterdir(), key=lambda file: (file.name == PREPARED, file.name))
         if not there.exists(PREPARED):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from training.modeling.engine import build_model
 from training.modeling.loading import checkpoint_folder
 from training.modeling.sharding import sharding_mesh
 from training.progress import Metrics, Progress
+from training.scratch import scratch_folder
 from training.strategy import choose_strategy
 from training.throughput import Meter, flops_per_token, peak_flops
 from training.together import Agreed, together
@@ -56,8 +56,7 @@ def train_loop(raw: dict[str, Any]) -> dict[str, Any]:
     _quiet_libraries()
     config = TrainingConfig.model_validate(raw["config"])
     reached = 0
-    with tempfile.TemporaryDirectory(prefix="raysoner-") as folder:
-        scratch = Path(folder)
+    with scratch_folder() as scratch:
         keeper = Keeper(config, scratch)
         try:
             trainer, snapshot = _set_up(config, raw, keeper, scratch)

@@ -17,7 +17,7 @@ from cluster.artifacts import check_checkpoint, tensor_files
 from cluster.harmony import CONTROL_TOKENS, Codec
 from training.demo.build import build_data
 from training.demo.endpoint import Graded, read_questions, shares
-from training.demo.measure import measure
+from training.demo.measure import measure, read_records
 from training.demo.phrasebook import LANGUAGES
 
 FOLDER = Path("training/demo")
@@ -54,7 +54,7 @@ def test_the_tokenizer_carries_harmonys_tokens_by_name() -> None:
 
 
 def test_the_base_answers_and_thinks_in_english() -> None:
-    shares = measure(FOLDER / "model", FOLDER / "data" / "heldout.jsonl")
+    shares = measure(FOLDER / "model", read_records(FOLDER / "data" / "heldout.jsonl"))
     recorded = json.loads((FOLDER / "model" / "build.json").read_text())[-1]["heldout"]
     assert shares["accuracy"] >= 0.75
     assert shares["adherence"] < 0.10

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.local import PORT_FLAGS, LocalRay, free_ports, local_ray, stop_tree
+from cluster.local import PORT_FLAGS, STARTED, LocalRay, free_ports, local_ray, stop_tree
 from cluster.storage import Storage, below
 from tests.benchmarks.record import keep
 from tests.cluster.filesystems import s3 as s3
@@ -329,7 +329,7 @@ def node(head: LocalRay, log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def is_up(process: subprocess.Popen[bytes], log: Path) -> bool:
     """Wait until the node has joined, or has given up."""
-    while "Ray runtime started" not in log.read_text(errors="replace"):
+    while STARTED not in log.read_text(errors="replace"):
         if process.poll() is not None:
             return False
         time.sleep(0.1)

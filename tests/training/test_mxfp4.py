@@ -60,6 +60,16 @@ def test_dequantise_is_bit_equal_to_transformers(dtype: torch.dtype, shape: tupl
     assert torch.equal(ours.nan_to_num(nan=7.0).view(bits), theirs.nan_to_num(nan=7.0).contiguous().view(bits))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_byte_under_every_scale_is_transformers(dtype: torch.dtype) -> None:
+    """Zeros of both signs, subnormal numbers and 2^128 are among them."""
+    every = torch.arange(256, dtype=torch.uint8)
+    blocks, scales = every.view(1, 1, 16, 16).repeat(1, 256, 1, 1), every.view(1, 256, 1).repeat(1, 1, 16)
+    bits = torch.int16 if dtype == torch.bfloat16 else torch.int32
+    theirs = convert_moe_packed_tensors(blocks, scales, dtype=dtype)
+    assert torch.equal(dequantise(blocks, scales, dtype).view(bits), theirs.contiguous().view(bits))
+
+
 def test_dequantise_is_the_definition() -> None:
     blocks, scales = random_bytes(2, 3, 2, 16, seed=3), random_bytes(2, 3, 2, seed=4, top=255)
     expected = torch.tensor(slow_dequantise(blocks, scales))

@@ -68,7 +68,7 @@ def build_model(folder: Path, options: argparse.Namespace) -> None:
     from tokenizers import Tokenizer
 
     from training.demo.checkpoint import demo_config, load_weights, new_model, save_checkpoint
-    from training.demo.measure import measure
+    from training.demo.measure import measure, read_records
     from training.demo.pretrain import pretrain
     from training.demo.tokenizer import save_tokenizer, train_tokenizer
 
@@ -94,7 +94,7 @@ def build_model(folder: Path, options: argparse.Namespace) -> None:
         processes=options.processes,
     )
     save_checkpoint(weights, config, tokenizer, checkpoint)
-    shares = measure(checkpoint, folder / "data" / "heldout.jsonl")
+    shares = measure(checkpoint, read_records(folder / "data" / "heldout.jsonl"))
     print(json.dumps(shares, indent=2))
     record = {
         "command": "python -m training.demo.build " + " ".join(sys.argv[1:]),

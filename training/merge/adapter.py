@@ -214,13 +214,18 @@ class Adapter:
             raise ArtifactError(f"{place} lacks {missing[0]}; make the adapter again")
 
     def _refuse_not_finite(self) -> None:
-        for stored in self.stored.values():
-            for start in range(0, stored.size, PIECE_BYTES):
-                size = min(PIECE_BYTES, stored.size - start)
-                data = self.storage.read_range(stored.file, stored.start + start, size)
-                if not torch.frombuffer(data, dtype=DTYPES[stored.dtype]).isfinite().all():
+        """Reads the file in groups of whole tensors."""
+        tensors = list(self.stored.values())
+        while tensors:
+            begin = tensors[0].start
+            group = [stored for stored in tensors if stored.start + stored.size <= begin + PIECE_BYTES] or tensors[:1]
+            tensors = tensors[len(group) :]
+            data = self.storage.read_range(WEIGHTS, begin, group[-1].start + group[-1].size - begin)
+            for stored in group:
+                own = data[stored.start - begin :][: stored.size]
+                if not torch.frombuffer(own, dtype=DTYPES[stored.dtype]).isfinite().all():
                     raise ArtifactError(
-                        f"{self.storage}/{stored.file}: {stored.name} holds NaN or infinity, so training has diverged; "
+                        f"{self.storage}/{WEIGHTS}: {stored.name} holds NaN or infinity, so training has diverged; "
                         "take the adapter of an earlier checkpoint"
                     )
 

@@ -55,10 +55,20 @@ class PieceMaker:
         yield lambda: Piece(memoryview(file.head))
         names = [part.name for part in file.parts]
         found = _Found()
+        copied: list[Stored] = []
         for part in file.parts:
             if part.way == "copy":
-                yield from self._copies(part)
-            elif part.way == "dense" and len(part.shape) == 3:
+                if copied and (copied[-1].file, copied[-1].start + copied[-1].size) != (
+                    part.stored.file,
+                    part.stored.start,
+                ):
+                    yield from self._copies(copied)
+                    copied = []
+                copied.append(part.stored)
+                continue
+            yield from self._copies(copied)
+            copied = []
+            if part.way == "dense" and len(part.shape) == 3:
                 yield from self._dense_experts(part)
             elif part.way == "dense":
                 yield from self._rows(part)
@@ -67,11 +77,16 @@ class PieceMaker:
                 other = part.weight.scales.name if part.way == "blocks" else part.weight.stored.name
                 first = other in names and (names.index(other) > names.index(part.name)) == (part.way == "blocks")
                 yield from self._packed_experts(part, found if first else None)
+        yield from self._copies(copied)
 
-    def _copies(self, part: Part) -> Iterator[Maker]:
-        for start in range(0, part.stored.size, PIECE_BYTES):
-            size = min(PIECE_BYTES, part.stored.size - start)
-            yield lambda start=start, size=size: Piece(self.base.read(part.stored, start, size))  # type: ignore[misc]
+    def _copies(self, tensors: list[Stored]) -> Iterator[Maker]:
+        """Of tensors that follow each other in a file of the base."""
+        if not tensors:
+            return
+        file, begin, end = tensors[0].file, tensors[0].start, tensors[-1].start + tensors[-1].size
+        for start in range(begin, end, PIECE_BYTES):
+            size = min(PIECE_BYTES, end - start)
+            yield lambda start=start, size=size: Piece(self.base.storage.read_range(file, start, size))  # type: ignore[misc]
 
     def _rows(self, part: Part) -> Iterator[Maker]:
         """Of a matrix [O, I], or of a vector that changes its dtype."""
@@ -92,25 +107,25 @@ class PieceMaker:
         return Piece(_bytes(out))
 
     def _dense_experts(self, part: Part) -> Iterator[Maker]:
-        experts = part.shape[0]
-        step = max(1, PIECE_BYTES * experts // part.size)
-        for start in range(0, experts, step):
-            some = range(start, min(start + step, experts))
+        for some in _groups(part.shape[0], part.size):
             yield lambda some=some: self._some_experts(part, some)  # type: ignore[misc]
 
     def _some_experts(self, part: Part, experts: range) -> Piece:
         """Experts [E, I, O] of a packed base or another."""
         out = torch.empty(len(experts), *part.shape[1:], dtype=DTYPES[part.dtype])
         factors = None if part.target is None else self.adapter.factors(part.target)
-        for place, expert in enumerate(experts):
-            pair = None if factors is None else self._pair(factors, expert)
-            scale = 0.0 if factors is None else factors.scale
-            if part.weight.scales is not None:
-                fold_packed(*self._read_packed(part, expert), pair, scale, out[place])
-                continue
-            weights = self._read(part.stored, expert, 1)[0]
-            turned = None if pair is None else (pair[1].T, pair[0].T)
-            fold_dense(weights if turned is None else weights.to(self.device), turned, scale, out[place])
+        scale = 0.0 if factors is None else factors.scale
+        pairs = [None if factors is None else self._pair(factors, expert) for expert in experts]
+        if part.weight.scales is not None:
+            for place, packed in enumerate(self._read_packed(part, experts)):
+                fold_packed(*packed, pairs[place], scale, out[place])
+            return Piece(_bytes(out))
+        weights = self._read(part.stored, experts.start, len(experts))
+        for place, pair in enumerate(pairs):
+            if pair is None:
+                fold_dense(weights[place], None, scale, out[place])
+            else:
+                fold_dense(weights[place].to(self.device), (pair[1].T, pair[0].T), scale, out[place])
         return Piece(_bytes(out))
 
     def _packed_experts(self, part: Part, found: _Found | None) -> Iterator[Maker]:
@@ -121,44 +136,49 @@ class PieceMaker:
             found: what blocks leave there for scales, and scales take from there; None where the other tensor is not
                 in this file, or not in this order.
         """
-        for expert in range(part.shape[0]):
+        for some in _groups(part.shape[0], part.weight.stored.size):
             if part.way == "blocks":
-                yield lambda expert=expert: self._blocks(part, expert, found)  # type: ignore[misc]
+                yield lambda some=some: self._blocks(part, some, found)  # type: ignore[misc]
             elif found is None:
-                yield lambda expert=expert: Piece(_bytes(self._requantised(part, expert)[1]))  # type: ignore[misc]
+                yield lambda some=some: Piece(_bytes(self._requantised(part, some)[1]))  # type: ignore[misc]
             else:
-                yield lambda expert=expert: Piece(_bytes(found.take(part.weight.name, expert)))  # type: ignore[misc]
+                yield lambda some=some: Piece(_bytes(found.take(part.weight.name, some)))  # type: ignore[misc]
 
-    def _blocks(self, part: Part, expert: int, found: _Found | None) -> Piece:
+    def _blocks(self, part: Part, experts: range, found: _Found | None) -> Piece:
         try:
-            blocks, scales, effect = self._requantised(part, expert)
+            blocks, scales, effect = self._requantised(part, experts)
         except BaseException as error:
             if found is not None:
-                found.fail(part.weight.name, expert, error)
+                found.fail(part.weight.name, experts, error)
             raise
         if found is not None:
-            found.leave(part.weight.name, expert, scales)
+            found.leave(part.weight.name, experts, scales)
         return Piece(_bytes(blocks), {part.weight.name: effect})
 
-    def _requantised(self, part: Part, expert: int) -> tuple[torch.Tensor, torch.Tensor, Effect]:
+    def _requantised(self, part: Part, experts: range) -> tuple[torch.Tensor, torch.Tensor, Effect]:
+        """Blocks [E, O, G, 16], scales [E, O, G], and what they keep."""
         assert part.target is not None
         factors = self.adapter.factors(part.target)
-        pair = self._pair(factors, expert)
-        blocks, scales, effect = requantise(*self._read_packed(part, expert), pair, factors.scale)
-        return blocks.cpu(), scales.cpu(), effect
+        done = [
+            requantise(*packed, self._pair(factors, expert), factors.scale)
+            for expert, packed in zip(experts, self._read_packed(part, experts), strict=True)
+        ]
+        blocks, scales, effects = zip(*done, strict=True)
+        return torch.stack(blocks).cpu(), torch.stack(scales).cpu(), sum(effects, start=Effect(0.0, 0.0))
 
     def _pair(self, factors: Factors, expert: int) -> Pair:
         a, b = factors.of(expert)
         return a.to(self.device), b.to(self.device)
 
-    def _read_packed(self, part: Part, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blocks [O, G, 16] and scales [O, G] of an expert, on the device."""
-        weight = part.weight
-        assert weight.scales is not None
-        each = weight.scales.size // weight.scales.shape[0]
-        scales = torch.frombuffer(self.base.read_scales(weight.scales, expert * each, each), dtype=torch.uint8)
-        blocks = self._read(weight.stored, expert, 1)[0]
-        return blocks.to(self.device), scales.view(weight.scales.shape[1:]).to(self.device)
+    def _read_packed(self, part: Part, experts: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each expert its blocks [O, G, 16] and scales [O, G], on the device."""
+        scales = part.weight.scales
+        assert scales is not None
+        blocks = self._read(part.weight.stored, experts.start, len(experts))
+        each = scales.size // scales.shape[0]
+        read = self.base.read_scales(scales, experts.start * each, len(experts) * each)
+        of_each = torch.frombuffer(read, dtype=torch.uint8).view(len(experts), *scales.shape[1:])
+        return ((b.to(self.device), s.to(self.device)) for b, s in zip(blocks, of_each, strict=True))
 
     def _read(self, stored: Stored, start: int, count: int) -> torch.Tensor:
         """Rows of dimension 0 of a tensor, in host memory."""
@@ -174,25 +194,32 @@ class _Found:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._held: dict[tuple[str, int], Future[torch.Tensor]] = {}
+        """by weight and first expert"""
 
-    def leave(self, name: str, expert: int, scales: torch.Tensor) -> None:
+    def leave(self, name: str, experts: range, scales: torch.Tensor) -> None:
         """Give scales to the one who takes them."""
-        self._future(name, expert).set_result(scales)
+        self._future(name, experts).set_result(scales)
 
-    def fail(self, name: str, expert: int, error: BaseException) -> None:
+    def fail(self, name: str, experts: range, error: BaseException) -> None:
         """Have `take` raise."""
-        self._future(name, expert).set_exception(error)
+        self._future(name, experts).set_exception(error)
 
-    def take(self, name: str, expert: int) -> torch.Tensor:
+    def take(self, name: str, experts: range) -> torch.Tensor:
         """What was left, once it is there. Pieces begin in their order, so that its maker has begun."""
-        scales = self._future(name, expert).result()
+        scales = self._future(name, experts).result()
         with self._lock:
-            del self._held[name, expert]
+            del self._held[name, experts.start]
         return scales
 
-    def _future(self, name: str, expert: int) -> Future[torch.Tensor]:
+    def _future(self, name: str, experts: range) -> Future[torch.Tensor]:
         with self._lock:
-            return self._held.setdefault((name, expert), Future())
+            return self._held.setdefault((name, experts.start), Future())
+
+
+def _groups(experts: int, size: int) -> Iterator[range]:
+    """Experts of a tensor of so many bytes, about `PIECE_BYTES` together."""
+    step = max(1, PIECE_BYTES * experts // size)
+    return (range(start, min(start + step, experts)) for start in range(0, experts, step))
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from training.modeling.mxfp4 import dequantise
+from training.modeling.mxfp4 import dequantise_rows
 from training.modeling.rows import EXTRA, new_rows, padded
 
 
@@ -81,8 +81,11 @@ def matrix(weight: Weight, factors: Factors | None, dtype: torch.dtype, *, below
 
         kernels.dequantise_into(weight.values, weight.scales, weight.bias, b, result)
     else:
-        dense = weight.values if weight.scales is None else dequantise(weight.values, weight.scales, dtype)
-        result[:, :outputs, :inputs] = dense.transpose(1, 2)
+        whole = result[:, :outputs, :inputs]
+        if weight.scales is None:
+            whole.copy_(weight.values.transpose(1, 2))
+        else:
+            whole.copy_(dequantise_rows(weight.values, weight.scales, dtype))
         tail = result[:, :outputs, inputs:]
         tail[:, :, rank + 1 :] = 0
         tail[:, :, rank] = weight.bias

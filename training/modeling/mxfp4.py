@@ -7,6 +7,8 @@ nibble. Shape legend: E experts, I input features, O output features.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 BLOCK = 32
@@ -36,11 +38,33 @@ def dequantise(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = 
     Returns:
         [E, I, O], as `GptOssExperts` multiplies it.
     """
-    table = torch.tensor(VALUES, dtype=dtype, device=blocks.device)
-    codes = torch.stack((blocks & 0x0F, blocks >> 4), dim=-1).flatten(-2)
-    exponents = scales.to(torch.int32).unsqueeze(-1) - SCALE_BIAS
-    weights = torch.ldexp(table[codes.int()], exponents)
-    return weights.flatten(-2).transpose(1, 2).contiguous()
+    return dequantise_rows(blocks, scales, dtype).transpose(1, 2).contiguous()
+
+
+def dequantise_rows(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `dequantise`, in the order in which the weights are stored: [E, O, I].
+
+    A byte is looked up once for its two values, and a scale for its power of two, which on a CPU takes a fraction of
+    the time of four bits and an exponent at a time.
+    """
+    pairs, powers = (table.to(blocks.device) for table in _tables(dtype))
+    # A pair of values is one number, so that it is copied as one.
+    values = pairs.index_select(0, blocks.flatten().int()).view(dtype)
+    values = values.view(*scales.shape, BLOCK)
+    values *= powers.index_select(0, scales.flatten().int()).view(*scales.shape, 1)
+    return values.flatten(-2)
+
+
+@cache
+def _tables(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Twice the two values of each byte, as one number [256]; and half the power of two of each scale, `dtype` [256].
+
+    The factor of two keeps the largest power finite: 2^128 is not, though half of it is a weight.
+    """
+    byte, values = torch.arange(256), 2 * torch.tensor(VALUES, dtype=dtype)
+    pairs = torch.stack((values[byte & 0x0F], values[byte >> 4]), dim=-1)
+    whole = {2: torch.int32, 4: torch.int64, 8: torch.complex128}[dtype.itemsize]
+    return pairs.view(whole).flatten(), torch.ldexp(torch.ones(256, dtype=dtype), byte - SCALE_BIAS - 1)
 
 
 def quantise(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
