@@ -134,5 +134,5 @@ def side_by_side(made: Made, folder: Path) -> Path:
 
 def verdict_of(folder: Path, *flags: object) -> tuple[int, Verdict]:
     """Exit code and verdict of `training verify` with few rows."""
-    code = main([str(folder), "--limit", "6", "--device", "cpu", *map(str, flags)])
+    code = main([str(folder), "--limit", "2", "--device", "cpu", *map(str, flags)])
     return code, Verdict.model_validate_json((folder / "verification.json").read_bytes())
