@@ -1,4 +1,4 @@
-"""Command line of training: `python -m training run | merge | data`."""
+"""Command line of training: `python -m training run | merge | verify | data`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ USAGE = """usage: python -m training VERB [flags]
 
   run     fine-tune gpt-oss with LoRA on a Ray cluster, or resume a run
   merge   fold an adapter into its base and write a checkpoint
+  verify  hold a merged checkpoint against its base and adapter
   data    check, show, mix and prepare data sets: `python -m training data --help`
 
 `python -m training VERB --help` lists the flags of a verb."""
@@ -21,7 +22,7 @@ USAGE = """usage: python -m training VERB [flags]
 
 def main(arguments: list[str]) -> int:
     """Run one verb; returns the exit code: 0 done, 1 failed, 2 something that the user can mend."""
-    verbs = {"run": _run, "merge": _merge, "data": _data}
+    verbs = {"run": _run, "merge": _merge, "verify": _verify, "data": _data}
     if not arguments or arguments[0] not in verbs:
         print(USAGE, file=sys.stdout if arguments[:1] in (["-h"], ["--help"]) else sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
@@ -71,6 +72,12 @@ def _run(arguments: list[str]) -> int:
 
 def _merge(arguments: list[str]) -> int:
     from training.merge.commands import main
+
+    return main(arguments)
+
+
+def _verify(arguments: list[str]) -> int:
+    from training.verify.commands import main
 
     return main(arguments)
 

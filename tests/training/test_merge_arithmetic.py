@@ -1,11 +1,11 @@
-"""What is done to one expert: unpacked bit for bit, and put back in MXFP4 as near as the format allows."""
+"""What is done to one expert: merged in fp32 and rounded once, or put back in MXFP4 as near as the format allows."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from training.merge.arithmetic import TILE, fold_dense, fold_packed, unpack
+from training.merge.arithmetic import TILE, fold_dense, fold_packed
 from training.merge.requantise import Effect, requantise
 from training.modeling.mxfp4 import NAN_SCALE, VALUES, dequantise, nearest_codes, quantise
 
@@ -29,15 +29,8 @@ def pair(scale: float, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def exact(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Weights [O, I], as the present `dequantise` has them."""
+    """Weights [O, I]."""
     return dequantise(blocks[None], scales[None], torch.float32)[0].T.contiguous()
-
-
-def test_unpacked_to_the_bit() -> None:
-    """All scales but NaN, and all bytes: among them the smallest and what overflows."""
-    blocks = torch.arange(256, dtype=torch.uint8).view(16, 1, 16).repeat(1, NAN_SCALE, 1)
-    scales = torch.arange(NAN_SCALE, dtype=torch.uint8).repeat(16, 1)
-    assert torch.equal(unpack(blocks, scales).view(torch.int32), exact(blocks, scales).view(torch.int32))
 
 
 def test_folded_in_fp32_and_rounded_once() -> None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Any
+from math import prod
 
-import numpy as np
 import torch
 
-from training.modeling.mxfp4 import BLOCK, SCALE_BIAS, VALUES, dequantise
+from training.modeling.mxfp4 import BLOCK, dequantise_rows
 
 TILE = 32 * 2880
 """elements that go through all steps together on a CPU: 360 kB in fp32"""
@@ -31,7 +30,7 @@ class Scratch(threading.local):
 
     def tensor(self, use: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """An uninitialised tensor, the same memory at each call of a `use`."""
-        size = int(np.prod(shape))
+        size = prod(shape)
         held = self._held.get(use)
         if held is None or len(held) < size or held.dtype != dtype or held.device != device:
             held = self._held[use] = torch.empty(size, dtype=dtype, device=device)
@@ -41,18 +40,6 @@ class Scratch(threading.local):
 _scratch = Scratch()
 
 
-def _byte_table() -> np.ndarray[Any, np.dtype[np.int64]]:
-    """By byte, the two fp32 values that it packs, the low nibble's first, as one 64-bit word."""
-    byte = np.arange(256)
-    values = np.array(VALUES, np.float32)
-    return np.stack((values[byte & 0x0F], values[byte >> 4]), axis=-1).view(np.int64).ravel()
-
-
-_BYTE_TABLE = _byte_table()
-_SCALES = torch.ldexp(torch.ones(256), torch.arange(256, dtype=torch.int32) - SCALE_BIAS)
-"""what a scale byte stands for; made as `dequantise` makes it"""
-
-
 def tiles(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
     """Rows that go through all steps together."""
     step = max(1, TILE // columns) if device.type == "cpu" else rows
@@ -60,23 +47,16 @@ def tiles(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
 
 
 def unpack(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Rows of packed weights in fp32: the transpose of what `dequantise` gives, bit for bit.
+    """Rows of packed weights in fp32, in the order in which they are stored.
 
     Args:
         blocks: uint8 [O, G, 16].
         scales: uint8 [O, G].
 
     Returns:
-        [O, I]; on a CPU the memory is this thread's, and is written over by the next call.
+        [O, I].
     """
-    rows, groups = scales.shape
-    if blocks.device.type != "cpu":
-        return dequantise(blocks[None], scales[None], torch.float32)[0].T
-    weights = _scratch.tensor("unpacked", (rows, groups, BLOCK), torch.float32, blocks.device)
-    pairs = weights.view(-1).numpy().view(np.int64).reshape(rows, groups, BLOCK // 2)
-    np.take(_BYTE_TABLE, blocks.numpy(), out=pairs, mode="clip")
-    weights *= _SCALES[scales.int()].unsqueeze(-1)
-    return weights.flatten(-2)
+    return dequantise_rows(blocks[None], scales[None], torch.float32)[0]
 
 
 def fold_packed(blocks: torch.Tensor, scales: torch.Tensor, pair: Pair | None, scale: float, out: torch.Tensor) -> None:

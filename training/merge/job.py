@@ -188,7 +188,7 @@ def _finish(job: Job, target: Target, made: dict[str, Any]) -> Manifest:
     files |= {name: written.sha256 for name, written in target.written.items()}
     manifest = Manifest(kind="checkpoint", base=base, details=details, files=dict(sorted(files.items())))
     target.folder.write(MANIFEST, manifest.to_bytes())
-    target.finish()
+    target.finish(manifest.files)
     return manifest
 
 

@@ -9,6 +9,7 @@ the specification's, has a smaller squared error. Shape legend: I input and O ou
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -65,9 +66,11 @@ def requantise(
         delta = (pair[1][tile] @ pair[0]).mul_(scale).view(shape)
         old_scales = scales[tile].int()
         best = _best_scales(old, delta, old_scales)
-        codes, new = _nearest(old + delta, best)
+        merged = old + delta
+        codes, new = _nearest(merged, best)
         same = (new == old) & (best == old_scales).unsqueeze(-1)
-        codes = torch.where(same, _codes(blocks[tile]), codes)
+        # Equal values have equal nibbles, but for the two zeros.
+        codes |= torch.where(same, old.signbit(), merged < 0).to(torch.uint8) << 3
         new_blocks[tile] = codes[..., 0::2] | (codes[..., 1::2] << 4)
         new_scales[tile] = best.to(torch.uint8)
         lost += (new - old).sub_(delta).square_().sum(dtype=torch.float64)
@@ -98,17 +101,20 @@ def _error(old: torch.Tensor, delta: torch.Tensor, merged: torch.Tensor, scales:
     return (_nearest(merged, scales)[1] - old).sub_(delta).square_().sum(dim=-1)
 
 
+@cache
+def _powers(device: torch.device) -> torch.Tensor:
+    """By scale byte the power of two that it stands for, fp32 [256]."""
+    exponents = torch.arange(256, dtype=torch.int32, device=device) - SCALE_BIAS
+    return torch.ldexp(torch.ones(256, device=device), exponents)
+
+
 def _nearest(weights: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """E2M1 codes, uint8, of the values nearest to `weights` [O, G, 32] under `scales` [O, G], and these values."""
-    exponents = (scales - SCALE_BIAS).unsqueeze(-1)
-    codes = nearest_magnitudes(torch.ldexp(weights, -exponents))
+    """E2M1 codes without sign, uint8, of the values nearest to `weights` [O, G, 32] under `scales` [O, G], and these
+    values."""
+    powers = _powers(weights.device)
+    codes = nearest_magnitudes(weights * powers[2 * SCALE_BIAS - scales].unsqueeze(-1))
     # The inverse of `nearest_magnitudes`: the greatest of the inverses of its three lines.
     values = torch.maximum(codes * 0.5, codes - 2)
     torch.maximum(values, codes * 2 - 8, out=values)
-    signed = torch.ldexp(values.copysign_(weights), exponents)
-    return codes.to(torch.uint8) + (weights < 0).to(torch.uint8) * 8, signed
-
-
-def _codes(blocks: torch.Tensor) -> torch.Tensor:
-    """Codes, uint8 [O, G, 32], of packed blocks [O, G, 16]."""
-    return torch.stack((blocks & 0x0F, blocks >> 4), dim=-1).flatten(-2)
+    signed = values.copysign_(weights).mul_(powers[scales].unsqueeze(-1))
+    return codes.to(torch.uint8), signed

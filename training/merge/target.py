@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,13 +81,19 @@ class Target:
         self.written[name] = file
         self._save()
 
-    def finish(self) -> None:
-        """Make what was written be the target. Its manifest must be there, on an object store as the last file."""
-        if not self.out.is_local:
-            self.folder.delete(STATE)
-            return
-        (Path(self.folder.path) / STATE).unlink()
-        put_in_place(Path(self.folder.path), Path(self.out.path))
+    def finish(self, files: Collection[str]) -> None:
+        """Make what was written be the target.
+
+        Args:
+            files: of the manifest, which must be there, on an object store as the last file. What else lies there was
+                left by tasks that were killed, or is the state of the merge, and goes.
+        """
+        kept = {name.partition("/")[0] for name in files} | {MANIFEST}
+        for name, _ in self.folder.names():
+            if name not in kept:
+                self.folder.delete(name)
+        if self.out.is_local:
+            put_in_place(Path(self.folder.path), Path(self.out.path))
 
     def close(self) -> None:
         """Let another merge write there."""
