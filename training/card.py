@@ -172,12 +172,15 @@ def _recipe(facts: Mapping[str, Any]) -> str:
 def _figures(facts: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     """Figures of the checkpoint that was exported, and of its verification where the manifest holds one."""
     sources = {"": _mapping(facts.get("metrics")), "verification: ": _mapping(details.get("verification"))}
+    kept = _mapping(_mapping(details.get("merge")).get("report")).get("kept")
     items = [
         f"- {prefix}{code(str(name))} {_plain(value)}"
         for prefix, figures in sources.items()
         for name, value in figures.items()
         if QUALITY.search(str(name)) and _is_number(value)
     ]
+    if _is_number(kept):
+        items.append(f"- share of the adapter's change of the experts' weights that the format kept: {_plain(kept)}")
     told = "Losses are nats a trained token. " if any("loss" in name for name in sources[""]) else ""
     if not items:
         return ""

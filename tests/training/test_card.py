@@ -118,6 +118,12 @@ def test_a_license_is_stated_only_of_openais_bases(name: str, hub: str | None) -
     assert matter.get("license") == ("apache-2.0" if hub and hub.startswith("openai/") else None)
 
 
+def test_what_the_format_kept_is_told() -> None:
+    merged = DETAILS | {"merge": {"seconds": 3.0, "report": {"kept": 0.376736, "layers": {}}}}
+    assert "weights that the format kept: 0.376736\n" in model_card("/models/base", "mxfp4", merged)
+    assert "the format kept" not in model_card("/models/base", "bf16", DETAILS)
+
+
 def test_what_is_unknown_is_left_out() -> None:
     card = model_card("/models/demo", "bf16", {})
     assert "None" not in card

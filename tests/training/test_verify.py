@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.artifacts import MANIFEST, WEIGHTS, sha256
+from training.merge import merge
 from training.verify.commands import main
 
 from .verifying import Made, base_weight, copy_of, edit, make, make_base, rewrite, side_by_side, sign, verdict_of
@@ -21,6 +22,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = "training/demo/data/heldout.jsonl"
 GATE_UP, DOWN = (f"model.layers.1.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj"))
+LENIENT = ("--maximum-kl", 10, "--minimum-agreement", 0, "--minimum-effect", -10)
+"""logits of this random model say little of a merge that loses half of the adapter"""
 CHECKS = ["hashes", "config", "tokenizer", "chat_template", "generation", "tensors", "weights", "adapter", "logits"]
 
 
@@ -37,7 +40,7 @@ def faint(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 def test_a_right_merge_passes(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copy_of(made, tmp_path)
-    code, verdict = verdict_of(folder)
+    code, verdict = verdict_of(folder, "--limit", 6)
     assert (code, verdict.passed, verdict.failed) == (0, True, []), capsys.readouterr().out
     assert [check.name for check in verdict.checks] == [*CHECKS, "effect"]
     assert verdict.manifest_sha256 == sha256(folder / MANIFEST)
@@ -50,7 +53,8 @@ def test_a_right_merge_passes(made: Made, tmp_path: Path, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert "effect         passed" in out
     assert f"verified  {folder} (bf16): passed" in out
-    assert verdict_of(folder)[0] == 0, "a verdict that lies there is none of the files"
+    assert verdict_of(folder, "--quiet")[0] == 0, "a verdict that lies there is none of the files"
+    assert capsys.readouterr().out == f"verified  {folder} (bf16): passed\n"
 
 
 def flip_a_byte(folder: Path, made: Made) -> None:
@@ -90,6 +94,10 @@ def drop_a_tensor(folder: Path, made: Made) -> None:
 
 def add_a_tensor(folder: Path, made: Made) -> None:
     rewrite(folder, lambda tensors: tensors.update({"model.layers.2.mlp.router.bias": torch.zeros(4)}))
+
+
+def store_in_fp32(folder: Path, made: Made) -> None:
+    rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].float()}))
 
 
 def wrong_eos(folder: Path, made: Made) -> None:
@@ -145,6 +153,7 @@ SPOILED: dict[Callable[[Path, Made], None], tuple[str, str]] = {
     put_a_nan: ("weights", r"layers\.1\.mlp\.experts\.down_proj\[1\] holds NaN"),
     drop_a_tensor: ("tensors", r"no weights for model\.layers\.1\.mlp\.router\.bias"),
     add_a_tensor: ("tensors", r"model\.layers\.2\.mlp\.router\.bias is one too many"),
+    store_in_fp32: ("tensors", r"model\.norm\.weight is F32 \[64\], and should be BF16 \[64\]"),
     wrong_eos: ("generation", r"eos_token_id = \[3064\], and the base \[3064, 3070\]"),
     wrong_eos_of_both: ("generation", r"config\.json's eos_token_id \[3063\] lacks <\|return\|> \(3064\)"),
     change_the_tokenizer: ("tokenizer", r"tokenizer\.json differs from the base's"),
@@ -177,6 +186,26 @@ def test_a_faint_adapter_that_was_lost_fails_too(faint: Made, tmp_path: Path, lo
     code, verdict = verdict_of(folder)
     assert code == 1
     assert [check.name for check in verdict.failed] == ["adapter"]
+
+
+def test_mxfp4_keeps_what_the_merge_says(made: Made, tmp_path: Path) -> None:
+    merge(str(made.adapter), str(tmp_path / "merged"), format="mxfp4", keep_at_least=0.0)
+    folder = tmp_path / "merged"
+    code, verdict = verdict_of(folder, "--adapter", made.adapter, *LENIENT)
+    assert (code, verdict.failed) == (0, [])
+    assert verdict.checks[7].figures["kept_by_projection"]["down_proj"] < 0.99
+    base = load_file(made.base / WEIGHTS)
+
+    def lose(tensors: dict[str, torch.Tensor]) -> None:
+        for part in ("blocks", "scales"):
+            tensors[f"{GATE_UP}_{part}"][2].copy_(base[f"{GATE_UP}_{part}"][2])
+
+    rewrite(folder, lose)
+    code, verdict = verdict_of(folder, "--adapter", made.adapter, *LENIENT)
+    assert code == 1
+    (check,) = verdict.failed
+    assert check.name == "adapter"
+    assert re.search(r"gate_up_proj(\[2\] is not| kept less or more of the adapter than the merge)", check.message)
 
 
 def test_another_base_fails(made: Made, tmp_path: Path) -> None:
@@ -212,7 +241,7 @@ def test_losses_by_language(made: Made, tmp_path: Path, capsys: pytest.CaptureFi
     lines = Path("training/demo/data/train.jsonl").read_text(encoding="utf-8").splitlines()
     data.write_text("\n".join(lines[:12]) + "\n", encoding="utf-8")
     folder = copy_of(made, tmp_path)
-    code, verdict = verdict_of(folder, "--data", data)
+    code, verdict = verdict_of(folder, "--data", data, "--limit", 6)
     assert code == 0
     check = verdict.checks[-1]
     assert check.name == "held_out_loss"

@@ -35,11 +35,16 @@ class Made:
     merged: Path
 
 
-def make(root: Path, *, scale: float = 0.05, spread: float = 0.06) -> Made:
-    """Base and adapter are drawn at random, with the standard deviations `spread` and `scale`."""
+def make(
+    root: Path, *, scale: float = 0.05, spread: float = 0.06, change: Callable[[Any], None] | None = None, **lora: Any
+) -> Made:
+    """Base and adapter are drawn at random, with the standard deviations `spread` and `scale`.
+
+    `lora` are settings of `LoraConfig`, and `change` is given PEFT's description made of them.
+    """
     base, adapter, merged = root / "base", root / "adapter", root / "merged"
     make_base(base, spread=spread)
-    make_adapter(base, adapter, scale)
+    make_adapter(base, adapter, scale, change, **lora)
     merge(str(adapter), str(merged))
     return Made(base, adapter, merged)
 
@@ -58,11 +63,16 @@ def make_base(folder: Path, seed: int = 0, spread: float = 0.06) -> None:
     (folder / "chat_template.jinja").write_text("{{ messages }}\n")
 
 
-def make_adapter(base: Path, folder: Path, scale: float) -> None:
-    """Adapters on attention and all experts, with a manifest as a run leaves it."""
+def make_adapter(
+    base: Path, folder: Path, scale: float, change: Callable[[Any], None] | None = None, **lora: Any
+) -> None:
+    """Adapters, by default on attention and all experts, with a manifest as a run leaves it."""
     described = {"path": str(base), "precision": "fp32", "base_precision": "fp32", "experts": "eager"}
     model = load_base(ModelConfig.model_validate(described), torch.device("cpu"))
-    adapted = get_peft_model(model, peft_config(LoraConfig(rank=2), model.config.num_hidden_layers))
+    config = peft_config(LoraConfig.model_validate({"rank": 2} | lora), model.config.num_hidden_layers)
+    if change:
+        change(config)
+    adapted = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for weight in get_peft_model_state_dict(adapted).values():
@@ -124,5 +134,5 @@ def side_by_side(made: Made, folder: Path) -> Path:
 
 def verdict_of(folder: Path, *flags: object) -> tuple[int, Verdict]:
     """Exit code and verdict of `training verify` with few rows."""
-    code = main([str(folder), "--limit", "6", "--device", "cpu", *map(str, flags)])
+    code = main([str(folder), "--limit", "2", "--device", "cpu", *map(str, flags)])
     return code, Verdict.model_validate_json((folder / "verification.json").read_bytes())

@@ -42,22 +42,26 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--maximum-kl", type=float, help="mean divergence in nats (default: by format)")
     parser.add_argument("--minimum-agreement", type=float, help="share of equal greedy tokens (default: by format)")
     parser.add_argument("--minimum-effect", type=float, help="share of the adapter's effect kept (default: by format)")
+    parser.add_argument("--quiet", action="store_true", help="print checks that failed, and the last line")
     flags = parser.parse_args(arguments)
     try:
+        from transformers.utils.logging import disable_progress_bar
+
         from training.verify.verification import verify
 
+        disable_progress_bar()
         verdict = verify(_request(flags))
     except (ArtifactError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print_verdict(verdict, flags.folder)
+    print_verdict(verdict, flags.folder, quiet=flags.quiet)
     return 0 if verdict.passed else 1
 
 
-def print_verdict(verdict: Verdict, folder: str) -> None:
-    """A line for each check, and one for all."""
+def print_verdict(verdict: Verdict, folder: str, *, quiet: bool) -> None:
+    """A line for each check, or where `quiet` for each that failed, and one for all."""
     width = max(len(check.name) for check in verdict.checks)
-    for check in verdict.checks:
+    for check in verdict.failed if quiet else verdict.checks:
         print(f"{check.name:<{width}}  {'passed' if check.passed else 'FAILED'}  {check.message}")
         if check.name == "held_out_loss":
             _print_losses(check.figures)

@@ -113,6 +113,7 @@ def _with_adapter(model: GptOssForCausalLM, folder: Path) -> PeftModel:
             f"{folder / ADAPTER_WEIGHTS} does not fit the base: {some_of(sorted(stored ^ placed))}; name the base and "
             "the adapter that the checkpoint was made of"
         )
+    adapted.to(model.device)
     return adapted.eval()
 
 

@@ -25,13 +25,13 @@ class Thresholds:
     """nats that the held-out loss may lie above that of base and adapter"""
     lossy: bool = False
     """the format loses a part of the adapter, so the held-out loss is only held against the worse of base and both"""
-    smallest_effect: dict[str, float] = field(default_factory=lambda: {"fp32": 1e-5, "bf16": 1e-2})
-    """by the precision of the arithmetic, the effect of an adapter in nats below which logits say nothing of a merge"""
+    smallest_effect: float = 0.05
+    """D(base with adapter ‖ base) in nats from which on `minimum_effect` holds: rounding alone does a tenth"""
 
 
 THRESHOLDS = {
     "bf16": Thresholds(maximum_kl=0.02, minimum_agreement=0.95, minimum_effect=0.9),
-    "mxfp4": Thresholds(maximum_kl=0.5, minimum_agreement=0.8, minimum_effect=0.3, lossy=True),
+    "mxfp4": Thresholds(maximum_kl=0.1, minimum_agreement=0.9, minimum_effect=0.5, lossy=True),
     "adapter": Thresholds(maximum_kl=0.02, minimum_agreement=0.95, minimum_effect=0.9),
 }
 

@@ -88,20 +88,21 @@ def _read(folder: Path) -> Manifest:
 
 
 def _find_adapter(folder: Path, manifest: Manifest, format: str, given: str | None) -> Path:
-    """Where the adapter lies that the checkpoint was made of: as given, in it, beside it, or where its run left it."""
-    expected = _entry(manifest.details, "adapter").get("files")
-    if not isinstance(expected, dict):
-        raise ArtifactError(f"{folder / MANIFEST} does not say which adapter it was made of; merge it again")
+    """Where the adapter lies that the checkpoint was made of: as given, in it, beside it, or where its run left it.
+
+    A checkpoint of an adapter that had no manifest does not name its files: then what is given is taken as it is.
+    """
+    expected = _entry(_entry(manifest.details, "adapter"), "files")
     if given is not None:
         found = local_folder(given, "--adapter")
-        if read_manifest(found, "adapter").files != expected:
+        if expected and read_manifest(found, "adapter").files != expected:
             raise ArtifactError(
                 f"--adapter {found} is another adapter than the one that {folder} was made of; name that one"
             )
         return found
     if format == "adapter":
         return local_folder(str(folder / ADAPTER), "the adapter")
-    for candidate in _usual_places(folder, manifest):
+    for candidate in _usual_places(folder, manifest) if expected else ():
         if (candidate / MANIFEST).is_file() and read_manifest(candidate, "adapter").files == expected:
             return candidate
     raise ArtifactError(f"the adapter that {folder} was made of is not beside it; name its folder with --adapter")

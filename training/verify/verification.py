@@ -22,7 +22,7 @@ from training.config import DataConfig
 from training.verify.configuration import check_configuration
 from training.verify.files import check_hashes
 from training.verify.logits import Comparison, Summary, Teacher, examine, teach
-from training.verify.models import freed, load_candidate, load_reference, precision_on
+from training.verify.models import freed, load_candidate, load_reference
 from training.verify.rows import SHIPPED, Row, data_rows, prompt_rows
 from training.verify.settings import Request, Thresholds
 from training.verify.subject import Subject, find_subject
@@ -92,9 +92,7 @@ def _check_model(subject: Subject, texts: Texts, device: torch.device, limits: T
         return [*checks, Check(name="loading", passed=False, message=str(error))]
     compared = slice(0, len(texts.compared))
     checks.append(check_logits(found[compared], limits))
-    checks.append(
-        check_effect(found[compared], teacher.base[compared], limits, precision_on(device, subject.base_shape))
-    )
+    checks.append(check_effect(found[compared], teacher.base[compared], limits))
     if texts.held_out:
         base, taught, merged = (texts.held_out_of(part) for part in (teacher.base, teacher.own, found))
         checks.append(check_held_out(base, taught, merged, limits))
@@ -131,21 +129,20 @@ def check_logits(found: Sequence[Comparison], limits: Thresholds) -> Check:
     return Check(name="logits", passed=not problems, message=message, figures=figures)
 
 
-def check_effect(found: Sequence[Comparison], base: Sequence[Comparison], limits: Thresholds, precision: str) -> Check:
+def check_effect(found: Sequence[Comparison], base: Sequence[Comparison], limits: Thresholds) -> Check:
     """How much of the adapter's effect on logits the merged model has: 1 − D(teacher ‖ merged)/D(teacher ‖ base)."""
     effect, left = Summary.of(base).kl_mean, Summary.of(found).kl_mean
-    floor = limits.smallest_effect[precision]
     kept = 1 - left / effect if effect else None
-    figures = {"effect": _finite(effect), "kept": None if kept is None else _finite(kept), "smallest_effect": floor}
-    figures |= {"minimum_effect": limits.minimum_effect}
+    figures = {"effect": _finite(effect), "kept": None if kept is None else _finite(kept)}
+    figures |= {"minimum_effect": limits.minimum_effect, "smallest_effect": limits.smallest_effect}
     if kept is None:
         message = "base and base with adapter give the same logits: the adapter has no effect; name the right one"
         return Check(name="effect", passed=False, message=message, figures=figures)
-    if effect < floor and left <= floor:
-        message = f"the adapter's effect of {effect:.1e} nats is below what {precision} resolves; check adapter decides"
+    said = f"the adapter moves the base by {effect:.2e} nats, and {kept:.2%} of that is kept"
+    if effect < limits.smallest_effect:
+        message = f"{said}, too little beside rounding to be judged by logits: check adapter does"
         return Check(name="effect", passed=True, message=message, figures=figures)
     passed = kept >= limits.minimum_effect
-    said = f"the adapter moves the base by {effect:.2e} nats, and {kept:.2%} of that is kept"
     less = f", less than {limits.minimum_effect:.2%} (--minimum-effect): merge again, or into another format"
     return Check(name="effect", passed=passed, message=said if passed else said + less, figures=figures)
 

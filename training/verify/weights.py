@@ -8,7 +8,7 @@ by the code that merged. Shape legend: E experts, I input features, O output fea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,52 +25,11 @@ from cluster.verdict import Check
 from training.modeling.adapters import ADAPTER
 from training.modeling.mxfp4 import NAN_SCALE, dequantise
 from training.modeling.packed import PackedExperts
+from training.verify.difference import Difference, compare
 from training.verify.subject import Subject
 
-BF16_BITS = 8
-"""significant bits of a bf16 number, the leading one among them"""
-SUM_ERROR = 1e-5
-"""of the largest |Δ|: what sums of fp32 products in another order may differ by"""
-STRONG = 0.1
-"""‖Δ‖/‖W‖ of an expert from which on MXFP4 must have taken up some of it"""
-
-
-@dataclass
-class Difference:
-    """What became of Δ in one weight: M − W is to be Δ, where W is the base's and M the checkpoint's.
-
-    `share` is ⟨M − W, Δ⟩/‖Δ‖²: 1 where Δ was added, 0 where it was lost, 2 where it was added twice. `kept` is
-    1 − ‖(M − W) − Δ‖²/‖Δ‖², which also counts the noise that rounding adds.
-    """
-
-    name: str
-    dot: float
-    delta: float
-    """‖Δ‖²"""
-    error: float
-    """‖(M − W) − Δ‖²"""
-    base: float
-    """‖W‖²"""
-    off: int
-    """elements that are further from W + Δ than rounding to the nearest bf16 brings them"""
-    moved: bool
-    """M differs from W"""
-
-    @property
-    def share(self) -> float:
-        return self.dot / self.delta
-
-    @property
-    def kept(self) -> float:
-        return 1 - self.error / self.delta
-
-    @property
-    def lost_in_bf16(self) -> bool:
-        return self.off > 0
-
-    @property
-    def lost_in_mxfp4(self) -> bool:
-        return not self.moved and self.delta >= STRONG**2 * self.base
+REPORT_ERROR = 1e-3
+"""between a share that is measured here and the merge's own: one lost expert of 128 shows"""
 
 
 @dataclass
@@ -89,7 +48,7 @@ def check_weights(subject: Subject, reference: PeftModel, device: torch.device) 
     findings = Findings()
     with torch.no_grad():
         for weight in _weights(subject, device):
-            _compare(weight, reference, subject.format, findings)
+            _examine(weight, reference, subject.format, findings)
     return [_weights_check(findings), _adapter_check(subject, findings)]
 
 
@@ -115,6 +74,7 @@ def _adapter_check(subject: Subject, findings: Findings) -> Check:
         return Check(name="adapter", passed=False, message="the adapter changes no weight: its factors are all zero")
     total = sum(difference.delta for difference in found)
     worst = min(found, key=lambda difference: difference.kept)
+    unlike = _unlike_the_report(subject, found)
     figures = {
         "adapted": len(found),
         "share": _finite(sum(difference.dot for difference in found) / total),
@@ -129,14 +89,20 @@ def _adapter_check(subject: Subject, findings: Findings) -> Check:
             f"{some_of(findings.lost)} {'is' if count == 1 else 'are'} not the base's plus the adapter: merge again"
         )
         return Check(name="adapter", passed=False, message=message, figures=figures)
-    message = f"in all {len(found)} adapted weights; {figures['kept']:.2%} of its norm kept, least in {worst.name}"
+    if unlike:
+        message = f"{some_of(unlike)} kept less or more of the adapter than the merge reported: merge it again"
+        return Check(name="adapter", passed=False, message=message, figures=figures)
+    message = f"in all {len(found)} adapted weights; {figures['kept']:.2%} kept, least in {worst.name}"
     return Check(name="adapter", passed=True, message=message, figures=figures)
 
 
 def _untouched_check(subject: Subject) -> Check:
     """In the format adapter: the adapter's files are those of the adapter that the manifest names."""
-    expected = subject.manifest.details["adapter"]["files"]
+    expected = subject.manifest.details["adapter"].get("files", {})
     listed = subject.manifest.files
+    if not expected:
+        message = "its files are those of the checkpoint's manifest, which names no run's adapter"
+        return Check(name="adapter", passed=True, message=message)
     wrong = sorted(name for name, digest in expected.items() if listed.get(f"adapter/{name}") != digest)
     message = f"adapter/{some_of(wrong)} is not that of the adapter it was made of: merge it again"
     return Check(
@@ -145,13 +111,30 @@ def _untouched_check(subject: Subject) -> Check:
 
 
 def _kept_by_projection(found: list[Difference]) -> dict[str, float | None]:
+    names = {difference.tensor: difference.tensor.removesuffix(".weight").rpartition(".")[2] for difference in found}
+    return {name: _finite(kept) for name, kept in sorted(_kept(found, names).items())}
+
+
+def _kept(found: list[Difference], groups: Mapping[str, str]) -> dict[str, float]:
+    """`Difference.kept` of all weights of a group together, which `groups` names for each tensor."""
     sums: dict[str, list[float]] = {}
     for difference in found:
-        projection = difference.name.split("[")[0].removesuffix(".weight").rpartition(".")[2]
-        entry = sums.setdefault(projection, [0.0, 0.0])
+        entry = sums.setdefault(groups[difference.tensor], [0.0, 0.0])
         entry[0] += difference.error
         entry[1] += difference.delta
-    return {projection: _finite(1 - error / delta) for projection, (error, delta) in sorted(sums.items())}
+    return {group: 1 - error / delta for group, (error, delta) in sums.items()}
+
+
+def _unlike_the_report(subject: Subject, found: list[Difference]) -> list[str]:
+    """Experts' tensors that keep another share of the adapter than the merge wrote down, where it did (MXFP4)."""
+    report = subject.manifest.details.get("merge", {}).get("report", {})
+    told = {
+        f"model.layers.{layer}.mlp.experts.{projection}": share
+        for layer, shares in report.get("layers", {}).items()
+        for projection, share in shares.items()
+    }
+    kept = _kept(found, {difference.tensor: difference.tensor for difference in found})
+    return sorted(name for name, share in told.items() if not abs(kept.get(name, math.inf) - share) <= REPORT_ERROR)
 
 
 @dataclass
@@ -191,7 +174,7 @@ def _weights(subject: Subject, device: torch.device) -> Iterator[Weight]:
                     progress.update(part.nbytes)
 
 
-def _compare(weight: Weight, reference: PeftModel, format: str, findings: Findings) -> None:
+def _examine(weight: Weight, reference: PeftModel, format: str, findings: Findings) -> None:
     if not _is_finite(weight):
         findings.not_finite.append(weight.label)
         return
@@ -201,32 +184,13 @@ def _compare(weight: Weight, reference: PeftModel, format: str, findings: Findin
             findings.changed.append(weight.label)
         return
     merged = _dense(weight.values, weight.scales)
-    difference = _difference(weight.label, _dense(*base), merged, delta.float())
+    difference = compare(weight.label, _dense(*base), merged, delta.float())
     findings.differences.append(difference)
     packed = weight.scales is not None
     if difference.delta > 0 and (difference.lost_in_mxfp4 if packed else difference.lost_in_bf16):
         findings.lost.append(weight.label)
     elif difference.delta == 0 and difference.moved:
         findings.changed.append(weight.label)
-
-
-def _difference(name: str, base: torch.Tensor, merged: torch.Tensor, delta: torch.Tensor) -> Difference:
-    wanted = base + delta
-    change = merged - base
-    error = merged - wanted
-    squared = float(delta.square().sum(dtype=torch.float64))
-    # Half a unit in the last place of bf16: frexp's mantissa lies in [0.5, 1).
-    half = torch.ldexp(wanted.sign().abs(), torch.frexp(wanted).exponent - 1 - BF16_BITS)
-    allowed = half + SUM_ERROR * float(delta.abs().max())
-    return Difference(
-        name=name,
-        dot=float((change * delta).sum(dtype=torch.float64)),
-        delta=squared,
-        error=float(error.square().sum(dtype=torch.float64)),
-        base=float(base.square().sum(dtype=torch.float64)),
-        off=int((error.abs() > allowed).sum()),
-        moved=bool((change != 0).any()),
-    )
 
 
 def _is_finite(weight: Weight) -> bool:
