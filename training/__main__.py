@@ -1,4 +1,4 @@
-"""Command line of training: `python -m training run | merge | verify | data`."""
+"""Command line of training: `python -m training run | merge | verify | push | data`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ USAGE = """usage: python -m training VERB [flags]
   run     fine-tune gpt-oss with LoRA on a Ray cluster, or resume a run
   merge   fold an adapter into its base and write a checkpoint
   verify  hold a merged checkpoint against its base and adapter
+  push    upload a checkpoint to a hub
   data    check, show, mix and prepare data sets: `python -m training data --help`
 
 `python -m training VERB --help` lists the flags of a verb."""
@@ -22,7 +23,7 @@ USAGE = """usage: python -m training VERB [flags]
 
 def main(arguments: list[str]) -> int:
     """Run one verb; returns the exit code: 0 done, 1 failed, 2 something that the user can mend."""
-    verbs = {"run": _run, "merge": _merge, "verify": _verify, "data": _data}
+    verbs = {"run": _run, "merge": _merge, "verify": _verify, "push": _push, "data": _data}
     if not arguments or arguments[0] not in verbs:
         print(USAGE, file=sys.stdout if arguments[:1] in (["-h"], ["--help"]) else sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
@@ -78,6 +79,12 @@ def _merge(arguments: list[str]) -> int:
 
 def _verify(arguments: list[str]) -> int:
     from training.verify.commands import main
+
+    return main(arguments)
+
+
+def _push(arguments: list[str]) -> int:
+    from training.push import main
 
     return main(arguments)
 

@@ -98,7 +98,7 @@ def measure(name: str, folder: Path, device: str) -> dict[str, Any]:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, Mxfp4Config
 
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         model = AutoModelForCausalLM.from_pretrained(
             base,
             dtype=torch.bfloat16,
@@ -112,17 +112,18 @@ def measure(name: str, folder: Path, device: str) -> dict[str, Any]:
         from training.merge.job import run_merge
         from training.merge.options import Options
 
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         options = Options(adapter, out, base=base, format=name, device=device, keep_at_least=0.0)  # type: ignore[arg-type]
         made = run_merge(options).details["merge"]
         if "report" in made:
             found["kept"] = made["report"]["kept"]
-    seconds = time.perf_counter() - began
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
     gb = sum(path.stat().st_size for path in Path(out).rglob("*.safetensors")) / 1e9
     device_gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     return {
         "name": name,
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
         "written_gb": round(gb, 2),
         "gb_per_second": round(gb / seconds, 3),
         "peak_device_gib": None if device_gib is None else round(device_gib, 2),
