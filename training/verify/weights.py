@@ -204,6 +204,8 @@ def _same(weight: Weight, base: tuple[torch.Tensor, torch.Tensor | None]) -> boo
     values, scales = base
     if weight.scales is not None and scales is not None:
         return torch.equal(weight.values, values) and torch.equal(weight.scales, scales)
+    if weight.scales is None and scales is None:
+        return torch.equal(weight.values.to(torch.bfloat16), values.to(torch.bfloat16))
     ours, theirs = _dense(weight.values, weight.scales), _dense(values, scales)
     return torch.equal(ours.to(torch.bfloat16), theirs.to(torch.bfloat16))
 
