@@ -66,7 +66,8 @@ class Job:
         )
         _refuse_own_source(self.options)
         self.plan = make_plan(self.base, self.adapter, options)
-        self.device = _device(options.device)
+        # The tasks of a parallel merge find out for themselves.
+        self.device = torch.device("cpu") if check and options.parallel else _device(options.device)
 
     def identity(self) -> str:
         """Hash of all that the bytes of the plan's files depend on; of the base's weights, size and time of writing."""
@@ -98,7 +99,7 @@ class Job:
         """
         file = self.plan.file(name)
         makers = PieceMaker(self.base, self.adapter, self.device)
-        return _written(folder, name, lambda: makers.pieces(file), threads, told)
+        return _written(folder, name, lambda: makers.pieces(file), threads, told, _described(self.device))
 
     def copy_adapter(self, folder: Storage, target: Target) -> None:
         """The adapter's own files, in the subfolder `adapter`; those in `target` are there already."""
@@ -115,7 +116,7 @@ class Job:
                     for start in range(0, size, PIECE_BYTES)
                 ]
 
-            target.note(path, _written(folder, path, pieces, 1, lambda _: None))
+            target.note(path, _written(folder, path, pieces, 1, lambda _: None, "cpu"))
 
     def config(self) -> bytes:
         """`config.json` of the result: the base's, where its experts stay packed, else without a quantisation."""
@@ -142,7 +143,8 @@ def run_merge(options: Options) -> Manifest:
         finally:
             torch.set_num_threads(threads)
         effects = {name: effect for file in target.written.values() for name, effect in file.effects.items()}
-        made: dict[str, Any] = {"seconds": round(time.perf_counter() - began, 1), "device": _described(job.device)}
+        devices = ", ".join(sorted({file.device for file in target.written.values()}))
+        made: dict[str, Any] = {"seconds": round(time.perf_counter() - began, 1), "device": devices}
         if options.format == "mxfp4":
             refuse_lost(effects, options.keep_at_least)
             made |= {"keep_at_least": options.keep_at_least, "report": report(effects)}
@@ -192,7 +194,7 @@ def _finish(job: Job, target: Target, made: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def _written(folder: Storage, name: str, pieces: Callable[[], Any], threads: int, told: Told) -> Written:
+def _written(folder: Storage, name: str, pieces: Callable[[], Any], threads: int, told: Told, device: str) -> Written:
     """A file of these pieces; on a storage that is not local it is tried again, as other calls are."""
     for wait in (*folder.waits, None):
         count = 0
@@ -205,7 +207,7 @@ def _written(folder: Storage, name: str, pieces: Callable[[], Any], threads: int
         try:
             with folder.output(name) as write:
                 digest, effects = write_pieces(pieces(), write, threads, tell)
-            return Written(digest, count, effects)
+            return Written(digest, count, effects, device)
         except StorageError as error:
             if error.errno in FULL:
                 raise _full(str(error), error.errno) from None

@@ -30,6 +30,8 @@ class Written:
     size: int
     effects: dict[str, Effect]
     """what is kept of the adapter, by weight"""
+    device: str
+    """where the arithmetic was done"""
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -39,7 +41,7 @@ class Written:
     def from_json(cls, fields: dict[str, Any]) -> Written:
         """Of plain values."""
         effects = {name: Effect(**effect) for name, effect in fields["effects"].items()}
-        return cls(fields["sha256"], fields["size"], effects)
+        return cls(fields["sha256"], fields["size"], effects, fields["device"])
 
 
 class Target:
