@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +40,7 @@ class Manifest(BaseModel):
     details: dict[str, Any]
     """how it was made: the resolved configuration, metrics, versions"""
     files: dict[str, str]
-    """SHA-256 by file name, the manifest itself left out"""
+    """SHA-256 by file name, the manifest itself left out; a file in a subfolder goes by its path with slashes"""
 
     def to_bytes(self) -> bytes:
         """The content of `manifest.json`."""
@@ -63,21 +63,39 @@ def read_manifest(folder: Path, kind: Literal["adapter", "checkpoint"]) -> Manif
     Raises:
         ArtifactError: there is no manifest of this kind, or a file is missing or differs.
     """
-    path = folder / MANIFEST
+    return verified_manifest(str(folder), kind, lambda name: (folder / name).read_bytes(), lambda n: sha256(folder / n))
+
+
+def verified_manifest(
+    folder: str, kind: Literal["adapter", "checkpoint"], read: Callable[[str], bytes], digest: Callable[[str], str]
+) -> Manifest:
+    """As `read_manifest`, of a folder on any storage.
+
+    Args:
+        folder: its place, for messages.
+        kind: that it should be of.
+        read: the content of a file in it; raises FileNotFoundError where there is none.
+        digest: SHA-256 of a file in it, likewise.
+    """
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate_json(read(MANIFEST))
     except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing: {folder} is no finished {kind}") from None
+        raise ArtifactError(f"{folder}/{MANIFEST} is missing: {folder} is no finished {kind}") from None
     except ValidationError as error:
-        raise ArtifactError(f"{path} cannot be read ({error.errors()[0]['msg']}); make the {kind} again") from None
+        reason = error.errors()[0]["msg"]
+        raise ArtifactError(f"{folder}/{MANIFEST} cannot be read ({reason}); make the {kind} again") from None
     if manifest.kind != kind:
         raise ArtifactError(f"{folder} is of kind {manifest.kind}, and {kind} was asked for")
     for name, expected in manifest.files.items():
-        if not (folder / name).is_file():
-            raise ArtifactError(f"{folder / name} is missing though {MANIFEST} lists it; make the {kind} again")
-        if sha256(folder / name) != expected:
+        try:
+            found = digest(name)
+        except FileNotFoundError:
             raise ArtifactError(
-                f"{folder / name} is corrupted: its SHA-256 is not the manifest's; make the {kind} again"
+                f"{folder}/{name} is missing though {MANIFEST} lists it; make the {kind} again"
+            ) from None
+        if found != expected:
+            raise ArtifactError(
+                f"{folder}/{name} is corrupted: its SHA-256 is not the manifest's; make the {kind} again"
             )
     return manifest
 
@@ -106,16 +124,21 @@ def publish(target: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield scratch
-        scratch.chmod(0o755)
-        for path in scratch.iterdir():
-            path.chmod(0o644)
-        if target.exists():
-            _replace(target, scratch)
-        else:
-            os.rename(scratch, target)
+        put_in_place(scratch, target)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def put_in_place(scratch: Path, target: Path) -> None:
+    """Make the finished folder `scratch` be `target`, readable by all; what stood there is removed last."""
+    scratch.chmod(0o755)
+    for path in scratch.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    if target.exists():
+        _replace(target, scratch)
+    else:
+        os.rename(scratch, target)
 
 
 @contextmanager
@@ -145,7 +168,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     if (folder / WEIGHTS).is_file():
         promised: dict[str, list[str]] = {WEIGHTS: []}
     elif index.is_file():
-        promised = _read_index(index)
+        promised = promised_tensors(index.read_bytes(), str(index))
     else:
         raise ArtifactError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; copy the checkpoint again")
     files: dict[str, Path] = {}
@@ -186,6 +209,25 @@ def some_of(names: list[str]) -> str:
     return ", ".join(names[:2]) + rest
 
 
+def promised_tensors(index: bytes, location: str) -> dict[str, list[str]]:
+    """File name → the tensors that an index of shards promises in it.
+
+    Args:
+        index: content of the index.
+        location: its place, for messages.
+
+    Raises:
+        ArtifactError: it cannot be read.
+    """
+    promised: dict[str, list[str]] = {}
+    try:
+        for tensor, name in json.loads(index)["weight_map"].items():
+            promised.setdefault(os.fspath(name), []).append(tensor)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{location} is no index of safetensors ({error!r}); copy it again") from None
+    return promised
+
+
 def _replace(target: Path, scratch: Path) -> None:
     """Put `scratch` where `target` stands; when that fails, `target` stands there again."""
     retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent)) / target.name
@@ -198,17 +240,6 @@ def _replace(target: Path, scratch: Path) -> None:
         retired.parent.rmdir()
         raise
     shutil.rmtree(retired.parent)
-
-
-def _read_index(index: Path) -> dict[str, list[str]]:
-    """File name → the tensors that an index of shards promises in it."""
-    promised: dict[str, list[str]] = {}
-    try:
-        for tensor, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-            promised.setdefault(os.fspath(name), []).append(tensor)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{index} is no index of safetensors ({error!r}); copy it again") from None
-    return promised
 
 
 def _tensors_in(path: Path) -> set[str]:

@@ -7,13 +7,16 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import pyarrow
 import pyarrow.fs
 
-from cluster.artifacts import publish_file
+from cluster.artifacts import publish_file, sha256_of
+from cluster.disk import Flushing, filled, read_range, sync_folder
 
 Data = bytes | memoryview | Sequence[bytes | memoryview]
 """a file's content, in one piece or in several that follow each other"""
@@ -22,6 +25,8 @@ WAITS = (0.5, 2.0)
 """seconds before a call that failed is tried a second and a third time"""
 HOPELESS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG})
 """errors that do not pass: a full or read-only disk, missing permission"""
+PIECE_BYTES = 1 << 24
+"""of a file that is read in pieces"""
 OBJECT_STORES = ("s3", "gcs", "abfs")
 """pyarrow's names of the file systems that have no folders, only names with slashes"""
 
@@ -89,6 +94,11 @@ class Storage:
     def __str__(self) -> str:
         return self.location
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder that this machine's own system calls reach."""
+        return isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
+
     def child(self, name: str) -> Storage:
         """The folder `name` in this one."""
         return Storage(self.filesystem, self._inner(name), location=self._shown(name), waits=self.waits)
@@ -108,6 +118,83 @@ class Storage:
 
         return self._tried("be read", name, call)
 
+    def read_range(self, name: str, start: int, count: int) -> memoryview:
+        """`count` bytes of a file from byte `start`, in memory of their own. Several threads may ask at once.
+
+        Raises:
+            FileNotFoundError: there is no file of this name.
+            StorageError: it cannot be read, or ends before.
+        """
+
+        def call() -> memoryview:
+            if self.is_local:
+                return read_range(self._inner(name), start, count)
+            with self.filesystem.open_input_file(self._inner(name)) as stream:
+                stream.seek(start)
+                return filled(count, lambda rest, _: stream.readinto(rest))
+
+        found = self._tried("be read", name, call)
+        if len(found) < count:
+            raise StorageError(f"{self._shown(name)} ends {count - len(found)} bytes too early; copy it again")
+        return found
+
+    def file_info(self, name: str) -> tuple[int, int]:
+        """Size of a file in bytes, and when it was written last, in nanoseconds since 1970.
+
+        Raises:
+            FileNotFoundError: there is no file of this name.
+            StorageError: the storage does not answer.
+        """
+
+        def call() -> tuple[int, int]:
+            info = self.filesystem.get_file_info(self._inner(name))
+            if info.type != pyarrow.fs.FileType.File:
+                raise FileNotFoundError(errno.ENOENT, "there is no such file", self._shown(name))
+            return info.size, info.mtime_ns or 0
+
+        return self._tried("be read", name, call)
+
+    def sha256(self, name: str) -> str:
+        """Hexadecimal SHA-256 of a file, read in pieces.
+
+        Raises:
+            FileNotFoundError: there is no file of this name.
+            StorageError: it cannot be read.
+        """
+        size, _ = self.file_info(name)
+        starts = range(0, size, PIECE_BYTES)
+        return sha256_of(self.read_range(name, start, min(PIECE_BYTES, size - start)) for start in starts)
+
+    @contextmanager
+    def output(self, name: str) -> Iterator[Callable[[memoryview], None]]:
+        """A function that appends to a new file, which takes the name's place when the block ends well.
+
+        When it does not, a local file system is as before, and on others there is no file of this name.
+
+        Raises:
+            StorageError: it cannot be written. Nothing is tried again, since what was written is not kept.
+        """
+        try:
+            if self.is_local:
+                target = Path(self._inner(name))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with publish_file(target) as scratch, Flushing(scratch) as stream:
+                    yield stream.write
+                sync_folder(target.parent)
+                return
+            try:
+                with self._opened(self._inner(name)) as stream:
+                    yield stream.write
+            except BaseException:
+                # Closing a stream makes an object of what it held.
+                with suppress(StorageError):
+                    self.delete(name)
+                raise
+        except StorageError:
+            raise
+        except OSError as error:
+            raise StorageError(f"{self._shown(name)} cannot be written ({_reason(error)})", error.errno) from error
+
     def write(self, name: str, data: Data) -> None:
         """Write a file, or another content of it.
 
@@ -118,7 +205,7 @@ class Storage:
             StorageError: it cannot be written; the file of before may be lost, except on a local file system.
         """
         pieces = [data] if isinstance(data, bytes | memoryview) else data
-        write = self._write_local if isinstance(self.filesystem, pyarrow.fs.LocalFileSystem) else self._write_stream
+        write = self._write_local if self.is_local else self._write_stream
         self._tried("be written", name, lambda: write(self._inner(name), pieces))
 
     def names(self) -> list[tuple[str, bool]]:
@@ -198,14 +285,18 @@ class Storage:
                 stream.write(piece)
             stream.flush()
             os.fsync(stream.fileno())
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
 
     def _write_stream(self, path: str, pieces: Sequence[bytes | memoryview]) -> None:
-        if self.filesystem.type_name not in OBJECT_STORES:
-            self.filesystem.create_dir(str(PurePosixPath(path).parent), recursive=True)
-        with self.filesystem.open_output_stream(path, compression=None) as stream:
+        with self._opened(path) as stream:
             for piece in pieces:
                 stream.write(piece)
+
+    def _opened(self, path: str) -> Any:
+        """A stream to a new file on a file system that is not local."""
+        if self.filesystem.type_name not in OBJECT_STORES:
+            self.filesystem.create_dir(str(PurePosixPath(path).parent), recursive=True)
+        return self.filesystem.open_output_stream(path, compression=None)
 
     def _type(self, name: str) -> pyarrow.fs.FileType:
         return self.filesystem.get_file_info(self._inner(name)).type
@@ -254,14 +345,6 @@ def first_line(error: BaseException) -> str:
     return lines[0].strip().rstrip(".:")[:200]
 
 
-def _sync_folder(folder: Path) -> None:
-    """Put a folder's list of names on the disk, which a crash may else lose with the files in it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network and user-space file systems know no such call for folders, and have their own promises.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
+def _reason(error: OSError) -> str:
+    """What went wrong, without the number and the file's name, which may be a scratch file's."""
+    return error.strerror or first_line(error)

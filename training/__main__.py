@@ -1,8 +1,7 @@
-"""Command line of training: `python -m training run | merge | data`."""
+"""Command line of training: `python -m training run | merge | verify | push | data`."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 
@@ -14,7 +13,9 @@ from training.data.conversations import DataError
 USAGE = """usage: python -m training VERB [flags]
 
   run     fine-tune gpt-oss with LoRA on a Ray cluster, or resume a run
-  merge   fold an adapter into its base and write a bf16 checkpoint
+  merge   fold an adapter into its base and write a checkpoint
+  verify  hold a merged checkpoint against its base and adapter
+  push    upload a checkpoint to a hub
   data    check, show, mix and prepare data sets: `python -m training data --help`
 
 `python -m training VERB --help` lists the flags of a verb."""
@@ -22,7 +23,7 @@ USAGE = """usage: python -m training VERB [flags]
 
 def main(arguments: list[str]) -> int:
     """Run one verb; returns the exit code: 0 done, 1 failed, 2 something that the user can mend."""
-    verbs = {"run": _run, "merge": _merge, "data": _data}
+    verbs = {"run": _run, "merge": _merge, "verify": _verify, "push": _push, "data": _data}
     if not arguments or arguments[0] not in verbs:
         print(USAGE, file=sys.stdout if arguments[:1] in (["-h"], ["--help"]) else sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
@@ -71,17 +72,21 @@ def _run(arguments: list[str]) -> int:
 
 
 def _merge(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training merge", description="Fold an adapter into its base.")
-    parser.add_argument("--adapter", required=True, help="folder of a finished adapter, e.g. RUN/adapter")
-    parser.add_argument("--base", help="checkpoint folder of the base (default: the one the adapter was trained on)")
-    parser.add_argument("--out", required=True, help="folder of the merged checkpoint")
-    flags = parser.parse_args(arguments)
+    from training.merge.commands import main
 
-    from training.merge import merge
+    return main(arguments)
 
-    merge(flags.adapter, flags.out, base=flags.base)
-    print(f"merged    {flags.out}")
-    return 0
+
+def _verify(arguments: list[str]) -> int:
+    from training.verify.commands import main
+
+    return main(arguments)
+
+
+def _push(arguments: list[str]) -> int:
+    from training.push import main
+
+    return main(arguments)
 
 
 def _data(arguments: list[str]) -> int:

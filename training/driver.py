@@ -75,9 +75,10 @@ def run(config: TrainingConfig) -> Outcome:
     check_resources(config, ray.cluster_resources())
     check_memory(config, gpu_nodes(ray.nodes()))
     with stopping_by_signal() as stop:
+        data = prepare_data(config)
         trainer = TorchTrainer(
             train_loop,
-            train_loop_config={"config": config.model_dump(mode="json"), **prepare_data(config)},
+            train_loop_config={"config": config.model_dump(mode="json"), **data},
             scaling_config=ScalingConfig(
                 num_workers=config.workers.count,
                 use_gpu=config.workers.gpus > 0,
@@ -98,7 +99,7 @@ def run(config: TrainingConfig) -> Outcome:
     if end["stopped"]:
         return Outcome(None, end["step"], stop.exit_code)
     with _writing(config.run.storage):
-        return Outcome(_export(storage, config))
+        return Outcome(_export(storage, config, data))
 
 
 def train_loop(raw: dict[str, Any]) -> dict[str, Any]:
@@ -108,11 +109,11 @@ def train_loop(raw: dict[str, Any]) -> dict[str, Any]:
     return worker.train_loop(raw)
 
 
-def _export(storage: Storage, config: TrainingConfig) -> str:
+def _export(storage: Storage, config: TrainingConfig, data: dict[str, Any]) -> str:
     from training.checkpoints.store import open_store
     from training.export import export_adapter
 
-    return export_adapter(storage, open_store(config), config)
+    return export_adapter(storage, open_store(config), config, data_of(data))
 
 
 def ray_folder(storage: str) -> str:
@@ -122,7 +123,7 @@ def ray_folder(storage: str) -> str:
 
 def prepare_data(config: TrainingConfig) -> dict[str, Any]:
     """Places of the shards for `train` and `evaluation`, made by a Ray Data job or found, None where there is no data;
-    and under `prepared` the manifest of the former.
+    and under `prepared` and `prepared_evaluation` their manifests.
 
     Raises:
         DataError: a record is broken, or no token of the data is trained.
@@ -136,9 +137,14 @@ def prepare_data(config: TrainingConfig) -> dict[str, Any]:
         with _writing(config.run.storage):
             places[name], prepared = _prepared(path, config)
         require_trained_tokens(path, prepared.counts, config.data)
-        if name == "train":
-            places["prepared"] = prepared.model_dump(mode="json")
+        places["prepared" if name == "train" else f"prepared_{name}"] = prepared.model_dump(mode="json")
     return places
+
+
+def data_of(prepared: dict[str, Any]) -> dict[str, Prepared]:
+    """What was prepared for `train` and, where there is such data, for `evaluation`, of `prepare_data`."""
+    found = {"train": prepared.get("prepared"), "evaluation": prepared.get("prepared_evaluation")}
+    return {name: Prepared.model_validate(manifest) for name, manifest in found.items() if manifest}
 
 
 def _prepared(path: str, config: TrainingConfig) -> tuple[str, Prepared]:

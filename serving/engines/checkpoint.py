@@ -10,6 +10,7 @@ from transformers import AutoConfig, GptOssForCausalLM
 from transformers.utils.quantization_config import Mxfp4Config
 
 from cluster.artifacts import check_checkpoint, some_of
+from cluster.verdict import refuse_failed
 from serving.engines.base import CheckpointError
 
 Precision = Literal["bf16", "fp32"]
@@ -60,16 +61,17 @@ def load_model(folder: str | Path, precision: Precision, device: str) -> GptOssF
 def check_files(folder: str | Path) -> Path:
     """The folder, once every file and tensor of the gpt-oss checkpoint it should hold is there.
 
-    Reads file headers only.
+    Reads file headers only. A checkpoint that was not verified is taken as it is.
 
     Raises:
-        CheckpointError: naming the first file or tensor that is not.
+        CheckpointError: naming the first file or tensor that is not; or the checkpoint failed its verification.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"model.path {folder}: no such folder on this node; give that of a merged checkpoint")
     try:
         check_checkpoint(folder)
+        refuse_failed(folder)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     return folder

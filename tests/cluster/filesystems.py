@@ -64,7 +64,8 @@ class Handler(FileSystemHandler):
         return self.local.open_input_stream(path)
 
     def open_input_file(self, path: str) -> Any:
-        raise NotImplementedError
+        self.before("read", path)
+        return self.local.open_input_file(path)
 
     def open_output_stream(self, path: str, metadata: Any) -> Any:
         self.before("write", path)

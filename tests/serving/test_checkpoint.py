@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GptOssForCausalLM
 
+from cluster.artifacts import MANIFEST, sha256, write_manifest
+from cluster.verdict import VERDICT, Check, Verdict
 from serving.engines.base import CheckpointError
-from serving.engines.checkpoint import load_model
+from serving.engines.checkpoint import check_files, load_model
 from tests.serving.tiny import save_tiny_checkpoint
 
 INDEX = "model.safetensors.index.json"
@@ -73,6 +75,47 @@ def test_packed_experts_are_dequantised(whole: Path, tmp_path: Path) -> None:
     assert expected
     for name, weight in expected.items():
         assert torch.equal(weights[name], weight), name
+
+
+def test_a_checkpoint_that_failed_its_verification_is_refused(whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "merged"))
+    write_manifest(folder, "checkpoint", "base", {"format": "bf16"})
+    assert check_files(folder) == folder
+    write_verdict(folder, passed=False)
+    with pytest.raises(CheckpointError, match=r"failed its verification, check logits: .*; merge it again and verify"):
+        load_model(folder, "fp32", "cpu")
+    write_verdict(folder, passed=True)
+    assert check_files(folder) == folder
+
+
+def test_a_verdict_on_other_files_is_ignored(whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "merged"))
+    write_manifest(folder, "checkpoint", "base", {"format": "bf16"})
+    write_verdict(folder, passed=False)
+    write_manifest(folder, "checkpoint", "base", {"format": "bf16", "merged": "again"})
+    assert check_files(folder) == folder
+    assert "judges another manifest than the one that lies there and is ignored" in caplog.text
+
+
+def test_a_damaged_verdict_is_named(whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "merged"))
+    (folder / VERDICT).write_text("{")
+    with pytest.raises(CheckpointError, match=r"verification\.json cannot be read .*python -m training verify"):
+        check_files(folder)
+
+
+def write_verdict(folder: Path, *, passed: bool) -> None:
+    """A verdict on the manifest that lies in `folder`."""
+    verdict = Verdict(
+        passed=passed,
+        manifest_sha256=sha256(folder / MANIFEST),
+        format="bf16",
+        checks=(Check(name="logits", passed=passed, message="greedy agreement 3.00%"),),
+        date="2026-11-25T00:00:00+00:00",
+        versions={},
+        device="CPU",
+    )
+    (folder / VERDICT).write_bytes(verdict.to_bytes())
 
 
 def test_missing_folder(tmp_path: Path) -> None:

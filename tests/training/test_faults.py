@@ -30,6 +30,7 @@ from tests.conftest import run_python, short_run
 from training.checkpoints.store import CheckpointStore
 
 from .conftest import WHOLE, Whole
+from .disks import mounted
 from .running import (
     LONG,
     RESUMED,
@@ -291,19 +292,6 @@ def copy(storage: Storage, folder: Path) -> None:
             copy(storage.child(name), folder / name)
         else:
             (folder / name).write_bytes(storage.read(name))
-
-
-@contextmanager
-def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A file system in memory."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(command).returncode:
-        pytest.skip("mounting a file system needs root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 @contextmanager

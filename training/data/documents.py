@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from itertools import tee
 from typing import NamedTuple
 
 import numpy as np
 
-from cluster.harmony import CHANNEL_LABELS, TRAINABLE, Codec, Label
+from cluster.harmony import CHANNEL_LABELS, TRAINABLE, Codec, Conversation, Label
+from cluster.languages import declared_language
 from training.config import DataConfig
 from training.data.conversations import DataError, Place, SourcedConversation
+
+LANGUAGE = "language:"
+"""goes before a tag of the catalogue in the names of `Counts`"""
 
 
 class Document(NamedTuple):
@@ -25,6 +30,7 @@ class Counts(Counter[str]):
     """What went into documents: conversations, documents, tokens, `longest`, tokens of each trainable channel, those of
     them that are `<|return|>` or `<|call|>` (`final_stops`, `commentary_stops`), and assistant turns that were `split`
     or `dropped` for their length, or `unended`: their last token is not trainable, or not `<|return|>` or `<|call|>`.
+    Conversations that ask to think in a language are also counted under `LANGUAGE` and its tag.
     """
 
     def add(self, other: Counter[str]) -> None:
@@ -36,6 +42,12 @@ class Counts(Counter[str]):
     def trained(self, channels: Iterable[str]) -> int:
         """Tokens that carry loss when `channels` are trained."""
         return sum(self[channel] for channel in channels)
+
+
+def languages_of(counts: Mapping[str, int]) -> dict[str, int]:
+    """Conversations that ask to think in a language, by its tag, most frequent first."""
+    found = {name.removeprefix(LANGUAGE): count for name, count in counts.items() if name.startswith(LANGUAGE)}
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
 def require_documents(path: str, counts: Mapping[str, int]) -> None:
@@ -96,6 +108,8 @@ def read_documents(
     items, rendered = tee(map(_or_raise, found))
     for item, examples in zip(items, codec.render_all(item.conversation for item in rendered), strict=True):
         counts["conversations"] += 1
+        if tag := _language(item.conversation):
+            counts[f"{LANGUAGE}{tag}"] += 1
         for tokens, labels in examples:
             whole = Document(np.array(tokens, np.int32), np.frombuffer(labels, np.uint8))
             yield from _fit(item.source, whole, codec.stop_tokens, config, counts)
@@ -105,6 +119,15 @@ def _or_raise(item: SourcedConversation | DataError) -> SourcedConversation:
     if isinstance(item, DataError):
         raise item
     return item
+
+
+def _language(conversation: Conversation) -> str | None:
+    """The tag of the language that a conversation last asks to think in."""
+    wishes = (_wish(message.content) for message in conversation.messages if message.role in ("developer", "system"))
+    return next((tag for tag in reversed(list(wishes)) if tag), None)
+
+
+_wish = lru_cache(4096)(declared_language)
 
 
 def _fit(

@@ -11,16 +11,17 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from cluster.artifacts import publish_file
 from cluster.harmony import Codec
+from cluster.storage import without_secrets
 from training.config import DataConfig
 from training.data.conversations import DataError, Part, parts, read_part
 from training.data.documents import Counts, read_documents, require_documents
@@ -49,6 +50,8 @@ class Prepared(BaseModel):
     rows: int
     sequence_length: int
     counts: dict[str, int]
+    files: dict[str, str] = {}
+    """SHA-256 of each data file by its name below `source`; none of a data set of the hub, or in an older folder"""
 
     @property
     def efficiency(self) -> float:
@@ -76,7 +79,8 @@ def prepare(
         OSError: a shard could not be written; the parts that are done stay.
     """
     pieces = parts(path, PART_BYTES)
-    folder = Path(storage) / "prepared" / content_hash(pieces, config, tokenizer_folder, seed)
+    hashes = file_hashes(pieces)
+    folder = Path(storage) / "prepared" / content_hash(pieces, config, tokenizer_folder, seed, hashes)
     if (folder / MANIFEST).is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +97,7 @@ def prepare(
     ]
     try:
         _run(tasks, path, spread)
-        _finish(folder, path, config, len(pieces))
+        _finish(folder, path, config, len(pieces), hashes)
     except DataError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -105,17 +109,27 @@ def read_prepared(folder: Path) -> Prepared:
     return Prepared.model_validate_json((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
-def content_hash(pieces: Sequence[Part], config: DataConfig, tokenizer_folder: str, seed: int) -> str:
+def file_hashes(pieces: Iterable[Part]) -> dict[str, str]:
+    """SHA-256 of each data file, by its path or URI; a data set of the hub has none."""
+    files = dict.fromkeys(part.file for part in pieces)
+    return {file: _file_hash(file).hex() for file in files if not is_hub_id(file)}
+
+
+def content_hash(
+    pieces: Sequence[Part], config: DataConfig, tokenizer_folder: str, seed: int, hashes: dict[str, str] | None = None
+) -> str:
     """Names everything the shards depend on: the bytes of the data and of the tokenizer, settings and seed.
 
-    A data set of the hub goes by its id alone: remove its folder to fetch it anew.
+    A data set of the hub goes by its id alone: remove its folder to fetch it anew. `hashes` are those of `file_hashes`,
+    where they are known already.
     """
+    hashes = file_hashes(pieces) if hashes is None else hashes
     digest = hashlib.sha256()
     settings = config.model_dump(mode="json", include={"columns", "sequence_length", "packing", "long_documents"})
     digest.update(json.dumps([FORMAT, PART_BYTES, seed, settings], sort_keys=True).encode())
-    files = [str(tokenizer_file(tokenizer_folder)), *dict.fromkeys(part.file for part in pieces)]
-    for file in files:
-        digest.update(file.encode() if is_hub_id(file) else _file_hash(file))
+    digest.update(_file_hash(str(tokenizer_file(tokenizer_folder))))
+    for file in dict.fromkeys(part.file for part in pieces):
+        digest.update(bytes.fromhex(hashes[file]) if file in hashes else file.encode())
     return digest.hexdigest()[:20]
 
 
@@ -192,7 +206,7 @@ def _raise_error(result: dict[str, Any]) -> None:
         raise DataError(result["error"])
 
 
-def _finish(folder: Path, path: str, config: DataConfig, parts_prepared: int) -> None:
+def _finish(folder: Path, path: str, config: DataConfig, parts_prepared: int, hashes: dict[str, str]) -> None:
     """Sum up and write the manifest, which says that the folder is complete.
 
     Raises:
@@ -209,9 +223,16 @@ def _finish(folder: Path, path: str, config: DataConfig, parts_prepared: int) ->
         rows=sum(summary["rows"] for summary in summaries),
         sequence_length=config.sequence_length,
         counts=dict(counts),
+        files={_below(path, file): digest for file, digest in hashes.items()},
     )
     with publish_file(folder / MANIFEST) as scratch:
         scratch.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def _below(path: str, file: str) -> str:
+    """The name of a file in the source at `path`, which may be the file itself, without where that lies."""
+    source, file = without_secrets(path).rstrip("/"), without_secrets(file)
+    return PurePosixPath(file).name if file == source else file.removeprefix(f"{source}/")
 
 
 def _summary(folder: Path, number: int) -> Path:

@@ -1,4 +1,4 @@
-"""The whole line on this machine: fine-tune on two workers, merge, serve, and ask held-out questions over HTTP.
+"""The whole line on this machine: fine-tune on two workers, merge, verify, serve, and ask held-out questions over HTTP.
 
     python -m training.demo
 
@@ -29,6 +29,8 @@ FOLDER = Path("training/demo")
 MODEL_NAME = "raysoner-demo"
 CPUS = 3
 """two training workers, or one replica, and room for Ray's own tasks"""
+VERIFIED_ROWS = 6
+"""of the verification's own prompts: a few seconds; all weights are compared in any case"""
 
 
 class Stages:
@@ -85,6 +87,8 @@ def run_demo(folder: Path, per_task: int, steps: int | None) -> dict[str, Any]:
             run_module(ray, "training", "run", *run, *limits)
         with stage("merge"):
             run_module(ray, "training", "merge", "--adapter", folder / "adapter", "--out", folder / "merged")
+        with stage("verify"):
+            run_module(ray, "training", "verify", folder / "merged", "--limit", VERIFIED_ROWS, "--quiet")
         with stage("ask the fine-tuned"):
             after = ask_served(ray, port, folder / "merged", questions)
     print_replies(after)

@@ -23,8 +23,8 @@ NAN_SCALE = 255
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """E2M1 by code 0 … 15"""
 
-_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-_LARGEST_EXPONENT = 2
+LARGEST_EXPONENT = 2
+"""of E2M1"""
 
 
 def dequantise(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -83,17 +83,29 @@ def quantise(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError("MXFP4 holds no infinities and no NaN, and the weights have some")
     grouped = weights.detach().float().transpose(1, 2).reshape(experts, outputs, inputs // BLOCK, BLOCK)
     largest = grouped.abs().amax(dim=-1)
-    exponents = torch.frexp(largest).exponent - 1 - _LARGEST_EXPONENT
+    exponents = torch.frexp(largest).exponent - 1 - LARGEST_EXPONENT
     exponents = torch.where(largest > 0, exponents, 0).clamp(-SCALE_BIAS, SCALE_BIAS)
-    codes = _nearest_codes(torch.ldexp(grouped, -exponents.unsqueeze(-1)))
+    codes = nearest_codes(torch.ldexp(grouped, -exponents.unsqueeze(-1)))
     blocks = codes[..., 0::2] | (codes[..., 1::2] << 4)
     return blocks.contiguous(), (exponents + SCALE_BIAS).to(torch.uint8).contiguous()
 
 
-def _nearest_codes(scaled: torch.Tensor) -> torch.Tensor:
-    midpoints = torch.tensor(_MIDPOINTS, dtype=scaled.dtype, device=scaled.device)
-    magnitude = scaled.abs().contiguous()
-    below = torch.bucketize(magnitude, midpoints, right=False)
-    above = torch.bucketize(magnitude, midpoints, right=True)
-    even = torch.where(below % 2 == 0, below, above)
-    return (even + 8 * (scaled < 0)).to(torch.uint8)
+def nearest_codes(scaled: torch.Tensor) -> torch.Tensor:
+    """E2M1 codes 0 … 15, uint8, of the values nearest to `scaled`, which is in units of the block's scale.
+
+    Ties go to the even code, and what is beyond 6 becomes 6.
+    """
+    codes = nearest_magnitudes(scaled).to(torch.uint8)
+    return codes + (scaled < 0).to(torch.uint8) * 8
+
+
+def nearest_magnitudes(scaled: torch.Tensor) -> torch.Tensor:
+    """`nearest_codes` without the sign, as floats 0 … 7.
+
+    Over the magnitude m, the code that a value would have is 2m up to 2, m + 2 up to 4, and m/2 + 4 beyond: of the
+    three it is the least. Each is even where the multiple is that is rounded.
+    """
+    magnitude = scaled.abs().clamp_(max=VALUES[7])
+    codes = (magnitude * 2).round_()
+    torch.minimum(codes, magnitude.round().add_(2), out=codes)
+    return torch.minimum(codes, magnitude.mul_(0.5).round_().add_(4), out=codes)
