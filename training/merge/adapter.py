@@ -116,8 +116,10 @@ class Adapter:
         """
         found: dict[str, Target] = {}
         unused = set(self.stored)
+        weights = list(weights)
         for weight in weights:
             self._refuse_other_parameter(weight)
+        for weight in weights:
             module, _, parameter = weight.name.rpartition(".")
             targeted = self._is_targeted(weight.name)
             if parameter != "weight" and not targeted:
