@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, GptOssForCausalLM
 from transformers.utils.quantization_config import Mxfp4Config
 
-from cluster.artifacts import check_checkpoint, some_of
+from cluster.artifacts import ADAPTER_SETTINGS, check_checkpoint, some_of
 from cluster.verdict import refuse_failed
 from serving.engines.base import CheckpointError
 
@@ -64,11 +64,17 @@ def check_files(folder: str | Path) -> Path:
     Reads file headers only. A checkpoint that was not verified is taken as it is.
 
     Raises:
-        CheckpointError: naming the first file or tensor that is not; or the checkpoint failed its verification.
+        CheckpointError: naming the first file or tensor that is not; or the checkpoint failed its verification, or its
+            adapter is not merged.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"model.path {folder}: no such folder on this node; give that of a merged checkpoint")
+    if (folder / "adapter" / ADAPTER_SETTINGS).is_file():
+        raise CheckpointError(
+            f"model.path {folder} is a base with its adapter beside it, and the weights alone would think as the base "
+            "does; merge the adapter with python -m training merge --format bf16"
+        )
     try:
         check_checkpoint(folder)
         refuse_failed(folder)

@@ -118,6 +118,13 @@ def write_verdict(folder: Path, *, passed: bool) -> None:
     (folder / VERDICT).write_bytes(verdict.to_bytes())
 
 
+def test_an_adapter_that_is_not_merged_is_not_passed_over_in_silence(copy: Path) -> None:
+    (copy / "adapter").mkdir()
+    (copy / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"is a base with its adapter beside it.*merge the adapter with"):
+        check_files(copy)
+
+
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         load_model(tmp_path / "nothing", "fp32", "cpu")
