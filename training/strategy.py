@@ -7,8 +7,9 @@ enough, all workers do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Literal
 
 from cluster.config import ConfigError
@@ -47,7 +48,7 @@ def choose_strategy(
     Args:
         config: of the run.
         shape: of its model.
-        workers_per_node: workers that a node runs, the same on each.
+        workers_per_node: workers that a node runs, the same on each; see `workers_within_a_node` where it is not.
         memory_bytes: of a worker's GPU, as CUDA reports the total, the smallest of all; None without a GPU.
 
     Raises:
@@ -72,6 +73,18 @@ def choose_strategy(
         raise ConfigError(_does_not_fit(config, shape, offers, memory_bytes))
     name, shards = min(offers, key=lambda offer: needed_bytes(config, shape, least, offer[1]))
     return _strategy(config, shape, name, shards, memory_bytes, asked=False)
+
+
+def workers_within_a_node(workers_of_nodes: Sequence[int]) -> int:
+    """The largest size of groups, all alike, that lie within nodes when ranks are dealt to them in their order.
+
+    Ray Train numbers the workers of a node one after the other. Nodes with 4 and 2 workers have groups of 2; with 3 and
+    2 each worker is alone.
+
+    Args:
+        workers_of_nodes: number of workers on each node, in any order and as often as one likes; none is 0.
+    """
+    return gcd(*workers_of_nodes)
 
 
 def shards_of(config: TrainingConfig, name: Name, workers_per_node: int) -> int:

@@ -33,7 +33,7 @@ from training.modeling.loading import checkpoint_folder
 from training.modeling.sharding import sharding_mesh
 from training.progress import Metrics, Progress
 from training.scratch import scratch_folder
-from training.strategy import choose_strategy
+from training.strategy import choose_strategy, workers_within_a_node
 from training.throughput import Meter, flops_per_token, peak_flops
 from training.together import Agreed, together
 
@@ -92,7 +92,7 @@ def _set_up(
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     smallest = min(of_all_ranks(memory)) if memory is not None else None
     nodes = of_all_ranks(ray.train.get_context().get_local_world_size())
-    strategy = together(lambda: choose_strategy(config, shape, min(nodes), smallest))
+    strategy = together(lambda: choose_strategy(config, shape, workers_within_a_node(nodes), smallest))
     if rank == 0:
         print(f"strategy  {strategy.reason}", flush=True)
     mesh = sharding_mesh(device, strategy.shards) if strategy.shards > 1 else None

