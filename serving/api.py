@@ -156,8 +156,8 @@ async def _whole(job: _Job, config: ServingConfig, codec: Codec, engine: Engine)
     """The answer in one piece."""
     completion = Completion(codec)
     async with aclosing(engine.generate(job.prompt, job.sampling)) as batches:
-        async for tokens in batches:
-            completion.push(tokens)
+        async for batch in batches:
+            completion.push(batch.tokens)
     completion.finish()
     reply = completion.reply
     assert reply is not None
@@ -185,11 +185,11 @@ async def _stream(
     completion = Completion(codec)
     opened = False
     async with aclosing(engine.generate(job.prompt, job.sampling)) as batches:
-        async for tokens in batches:
+        async for batch in batches:
             if not opened:
                 yield chunk({"role": "assistant", "content": ""})
                 opened = True
-            for delta in completion.push(tokens):
+            for delta in completion.push(batch.tokens):
                 if fields := _delta_fields(delta, job, completion):
                     yield chunk(fields)
     for delta in completion.finish():

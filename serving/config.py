@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from cluster.config import Config
 from cluster.harmony import Effort
 from cluster.languages import InstructionForm
+
+OnFault = Literal["report", "retry", "fail"]
 
 
 class ModelConfig(Config):
@@ -42,8 +44,10 @@ class EndpointConfig(Config):
 
 
 class EngineConfig(Config):
-    """What one replica computes and holds at a time."""
+    """What one replica computes with, and what it computes and holds at a time."""
 
+    kind: Literal["auto", "transformers", "vllm"] = "auto"
+    """auto takes vLLM where it is installed and replicas have a GPU, else transformers' continuous batching"""
     maximum_concurrent: PositiveInt = 16
     """sequences that advance together in one forward pass; more wait for their turn"""
     maximum_batch_tokens: PositiveInt = 512
@@ -56,11 +60,36 @@ class EngineConfig(Config):
     """tokens that a request gets that does not ask"""
 
 
+class PolicyConfig(Config):
+    """What happens to a completion that is malformed, thinks in another language, or runs out of tokens.
+
+    A request may ask for another policy in the fields `on_malformed`, `on_wrong_language` and `rescue`.
+    """
+
+    on_malformed: OnFault = "report"
+    """report returns what came, with its outcome; retry draws again; fail does too, and ends in an error at last"""
+    on_wrong_language: OnFault = "report"
+    """the same for thinking in another language than asked for"""
+    retries: Annotated[int, Field(ge=0, le=8)] = 2
+    """further attempts of one choice; the last begins the thinking in the language that was asked for"""
+    rescue_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """share of a request's tokens kept for the answer: thinking that reaches it is closed; 0 lets it run to the end"""
+
+
+class SecurityConfig(Config):
+    """Who may use the endpoint."""
+
+    keys: Annotated[str, Field(min_length=1)] | None = None
+    """file of API keys that `python -m serving keys` writes, reachable from every replica's node; none lets all in"""
+    allow_public: bool = False
+    """serve on an address that other machines reach without API keys"""
+
+
 class ReplicasConfig(Config):
     """Copies of the model, and when Ray Serve adds or removes one."""
 
-    minimum: PositiveInt = 1
-    """replicas that always run"""
+    minimum: NonNegativeInt = 1
+    """replicas that always run; 0 gives resources back when idle, and the first request then waits for a start"""
     maximum: PositiveInt = 1
     """replicas under load"""
     cpus: PositiveInt = 1
@@ -68,7 +97,15 @@ class ReplicasConfig(Config):
     gpus: Annotated[int, Field(ge=0, le=1)] = 1
     """GPUs of each replica; 0 serves on CPU"""
     target_ongoing_requests: PositiveFloat = 16
-    """requests in progress per replica that autoscaling aims at"""
+    """requests in progress per replica that autoscaling aims at, where the engine tells no tokens"""
+    target_tokens: PositiveInt | None = None
+    """tokens in flight per replica that autoscaling aims at; by default half of engine.maximum_cached_tokens"""
+    target_queue_seconds: PositiveFloat = 2.0
+    """age of the oldest waiting request at which another replica is added"""
+    upscale_seconds: NonNegativeFloat = 10.0
+    """how long a need for more replicas must last"""
+    downscale_seconds: NonNegativeFloat = 300.0
+    """how long a need for fewer must last"""
     maximum_ongoing_requests: PositiveInt = 128
     """requests one replica holds, waiting ones included; further ones queue in Serve's proxy"""
     graceful_shutdown_seconds: NonNegativeFloat = 600
@@ -84,6 +121,16 @@ class LimitsConfig(Config):
     """most messages in one request"""
     body_bytes: PositiveInt = 1_048_576
     """largest request body"""
+    choices: PositiveInt = 8
+    """largest n"""
+    tools: PositiveInt = 128
+    """most tools in one request"""
+    waiting_requests: PositiveInt = 256
+    """requests that wait for the engine in one replica; a further one is answered 429 with Retry-After"""
+    waiting_seconds: PositiveFloat = 120.0
+    """longest wait for the engine; a request that waited longer is answered 429"""
+    request_seconds: PositiveFloat = 1800.0
+    """longest time of one request, waiting included"""
 
 
 class ServingConfig(Config):
@@ -94,8 +141,15 @@ class ServingConfig(Config):
     engine: EngineConfig = EngineConfig()
     replicas: ReplicasConfig = ReplicasConfig()
     limits: LimitsConfig = LimitsConfig()
+    policy: PolicyConfig = PolicyConfig()
+    security: SecurityConfig = SecurityConfig()
     default_effort: Effort = "medium"
     """reasoning effort of a request that names none: low, medium or high"""
+
+    @property
+    def target_tokens(self) -> int:
+        """Tokens in flight that a replica should have."""
+        return self.replicas.target_tokens or max(1, self.engine.maximum_cached_tokens // 2)
 
     @property
     def longest_sequence(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class EngineError(RuntimeError):
@@ -20,29 +21,56 @@ class Sampling:
     """How tokens are drawn, and when drawing ends.
 
     Temperature 0 takes the most likely token each time (argmax, the first of equals). `maximum_tokens` counts the stop
-    token, which is part of the output.
+    token, which is part of the output. The same `seed` draws the same tokens on the same engine and machine, whatever
+    else is in the batch, up to rounding. `logprobs` asks for log-probabilities: None for none, 0 for those of the
+    tokens that were drawn, n for those of the n most likely ones beside them.
     """
 
     maximum_tokens: int
     stop_tokens: tuple[int, ...]
     temperature: float = 1.0
     top_p: float = 1.0
+    seed: int | None = None
+    logprobs: int | None = None
+
+
+MAXIMUM_LOGPROBS = 20
+"""most alternatives that `Sampling.logprobs` may ask for, as in OpenAI's interface"""
+
+
+class TokenLogprob(NamedTuple):
+    """Natural logarithm of a token's probability before temperature and top-p, and of those of the likeliest tokens."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """token and log-probability of the most likely tokens, the likeliest first"""
+
+
+class Batch(NamedTuple):
+    """New tokens of one generation, at least one; `logprobs` has an entry for each where they were asked for."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """An engine at one moment: sequences in the batch, sequences that wait for a place, tokens made since its start."""
+    """An engine at one moment: sequences in the batch, sequences that wait for a place, tokens made since its start.
+
+    `tokens_in_flight` counts prompt and generated tokens of the sequences in the batch and before it.
+    """
 
     running: int
     waiting: int
     generated_tokens: int
+    tokens_in_flight: int = 0
 
 
 class Engine(ABC):
     """Generates tokens for many prompts at once."""
 
     @abstractmethod
-    def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[list[int], None]:
+    def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Batch, None]:
         """New tokens for `prompt`, in batches of at least one, the stop token last if one was drawn.
 
         Closing the generator cancels the generation.

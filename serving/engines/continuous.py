@@ -21,7 +21,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.generation.logits_process import TemperatureLogitsWarper
 
-from serving.engines.base import CheckpointError, Engine, EngineError, EngineStats, Sampling
+from serving.engines.base import Batch, CheckpointError, Engine, EngineError, EngineStats, Sampling
 
 _PAGE_TOKENS = 64
 """tokens in one page of the key-value cache; small, since sequences end anywhere in their last page"""
@@ -90,7 +90,7 @@ class ContinuousEngine(Engine):
         self._dispatcher = threading.Thread(target=self._dispatch, name="engine-dispatcher", daemon=True)
         self._dispatcher.start()
 
-    async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[list[int], None]:
+    async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Batch, None]:
         if len(prompt) + sampling.maximum_tokens > self.longest_sequence:
             raise ValueError(f"prompt and answer exceed the engine's {self.longest_sequence} tokens")
         stream = _Stream(asyncio.get_running_loop())
@@ -99,7 +99,7 @@ class ContinuousEngine(Engine):
             while (item := await stream.items.get()) is not None:
                 if isinstance(item, EngineError):
                     raise item
-                yield item
+                yield Batch(item)
         finally:
             # The dispatcher forgets a stream when it ends: what is still known here was closed early.
             if self._streams.pop(request_id, None) is not None:

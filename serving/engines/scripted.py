@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 
-from serving.engines.base import Engine, EngineError, EngineStats, Sampling
+from serving.engines.base import Batch, Engine, EngineError, EngineStats, Sampling
 
 
 class ScriptedEngine(Engine):
@@ -37,7 +37,7 @@ class ScriptedEngine(Engine):
         self._generated = 0
         self._dead = False
 
-    async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[list[int], None]:
+    async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Batch, None]:
         self._check()
         if not self.completions:
             raise EngineError("the script has no further completion")
@@ -54,7 +54,7 @@ class ScriptedEngine(Engine):
                 piece = tokens[position : position + self.batch]
                 position += len(piece)
                 self._generated += len(piece)
-                yield piece
+                yield Batch(piece)
         finally:
             self._running -= 1
             self.cancelled += position < len(tokens) and not self._dead

@@ -66,8 +66,8 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 async def generate(engine: ContinuousEngine, tokens: list[int], sampling: Sampling) -> list[int]:
     made: list[int] = []
     async for batch in engine.generate(tokens, sampling):
-        assert batch
-        made += batch
+        assert batch.tokens
+        made += batch.tokens
     return made
 
 
