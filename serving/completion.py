@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from cluster.harmony import Codec, Delta, Label, Outcome, ParsedCall, Reply
+from cluster.harmony import Codec, Delta, Label, Outcome, ParsedCall, Part, Reply
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -14,7 +14,8 @@ class Completion:
     """Parses tokens as they come. Once `finish` was called, `reply` holds the whole and the counts are final.
 
     `tokens` counts all generated tokens, control tokens included; `reasoning_tokens` those of messages in the
-    analysis channel, with their headers and end tokens. `finish_reason` is OpenAI's.
+    analysis channel, with their headers and end tokens. Tokens that the server placed are in the reply and in neither
+    count. `finish_reason` is OpenAI's.
     """
 
     def __init__(self, codec: Codec) -> None:
@@ -23,23 +24,40 @@ class Completion:
         self.finish_reason: FinishReason = "length"
         self.reply: Reply | None = None
         self._parser = codec.parser()
+        self._placed: list[range] = []
 
     @property
     def calls(self) -> Sequence[ParsedCall]:
         """Tool calls that were opened so far, without their arguments."""
         return self._parser.calls
 
+    @property
+    def part(self) -> Part | None:
+        """Where the text of the next token would go; None in a header and after a stop token."""
+        return self._parser.part
+
     def push(self, tokens: Sequence[int]) -> list[Delta]:
         """Take new tokens; returns the text that they complete."""
         self.tokens += len(tokens)
         return [delta for token in tokens for delta in self._parser.push(token)]
 
-    def finish(self) -> list[Delta]:
-        """The engine has no more tokens; returns the text that the parser still held back."""
+    def place(self, tokens: Sequence[int]) -> list[Delta]:
+        """Take tokens that the server writes and the engine reads; returns the text that they complete."""
+        begin = self.tokens + sum(map(len, self._placed))
+        self._placed.append(range(begin, begin + len(tokens)))
+        return [delta for token in tokens for delta in self._parser.push(token)]
+
+    def finish(self, *, stopped: bool = False) -> list[Delta]:
+        """The engine has no more tokens; returns the text that the parser still held back.
+
+        Args:
+            stopped: the server ended it at a stop sequence, where the model would have gone on.
+        """
         deltas = self._parser.flush()
         self.reply = self._parser.finish()
-        self.reasoning_tokens = self.reply.labels.count(Label.ANALYSIS)
-        self.finish_reason = _finish_reason(self.reply)
+        ours = sum(self.reply.labels[placed.start : placed.stop].count(Label.ANALYSIS) for placed in self._placed)
+        self.reasoning_tokens = self.reply.labels.count(Label.ANALYSIS) - ours
+        self.finish_reason = "stop" if stopped else _finish_reason(self.reply)
         return deltas
 
 

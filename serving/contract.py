@@ -15,7 +15,7 @@ from cluster.harmony import Conversation, Effort, Message
 from cluster.languages import (
     UNDETERMINED,
     InstructionForm,
-    detect_language,
+    detect,
     detection_candidates,
     find_language,
     matches,
@@ -32,23 +32,33 @@ class Verdict(StrEnum):
     NOT_REQUESTED = "not_requested"
 
 
-class ReasoningLanguage(BaseModel):
-    """What was asked for and what came: BCP-47 tags, `requested` None without a wish, `detected` `und` if untold."""
+class DetectedLanguage(BaseModel):
+    """The BCP-47 tag of a text's language, `und` where it is too short or mathematical to tell, and how sure that is.
+
+    `confidence` is between 0 and 1, as `cluster.languages.Detection` says.
+    """
 
     model_config = ConfigDict(frozen=True)
 
-    requested: str | None
     detected: str
+    confidence: float
+
+
+class ReasoningLanguage(DetectedLanguage):
+    """Language of the thinking, held against the wish: `requested` is a BCP-47 tag, None without a wish.
+
+    `answer` is the language of the final answer, which the wish does not speak of.
+    """
+
+    requested: str | None
     verdict: Verdict
+    answer: DetectedLanguage
 
 
 def to_conversation(
     messages: Sequence[Message], effort: Effort, language: str | None, form: InstructionForm = "english"
 ) -> Conversation:
-    """What the model is asked: `messages`, with the wish for a reasoning language put first in the developer message.
-
-    The instruction, a blank line and the text of the first system or developer message; the instruction alone, as a
-    message before all others, where there is none.
+    """What the model is asked: `messages`, and the wish for a reasoning language as `ask_for_language` writes it.
 
     Args:
         language: BCP-47 tag or name of the language to reason in; None leaves it to the model.
@@ -57,20 +67,29 @@ def to_conversation(
     Raises:
         ValueError: the language is not in `cluster.languages`; the message suggests some that are.
     """
-    turns = list(messages)
-    if language is not None:
-        instruction = reasoning_instruction(find_language(language).tag, form)
-        place = next((i for i, turn in enumerate(turns) if turn.role in ("system", "developer")), None)
-        if place is None:
-            turns.insert(0, Message(role="developer", content=instruction))
-        else:
-            text = f"{instruction}\n\n{turns[place].content}"
-            turns[place] = turns[place].model_copy(update={"content": text})
-    return Conversation(messages=tuple(turns), reasoning_effort=effort)
+    conversation = Conversation(messages=tuple(messages), reasoning_effort=effort)
+    return conversation if language is None else ask_for_language(conversation, find_language(language).tag, form)
 
 
-def judge(thinking: str, language: str | None) -> ReasoningLanguage:
-    """Holds the language of `thinking` against the wish.
+def ask_for_language(conversation: Conversation, tag: str, form: InstructionForm = "english") -> Conversation:
+    """`conversation` with the wish to reason in the language `tag`, put first in the developer message.
+
+    The instruction, a blank line and the text of the first system or developer message; the instruction alone, as a
+    message before all others, where there is none.
+    """
+    turns = list(conversation.messages)
+    instruction = reasoning_instruction(tag, form)
+    place = next((i for i, turn in enumerate(turns) if turn.role in ("system", "developer")), None)
+    if place is None:
+        turns.insert(0, Message(role="developer", content=instruction))
+    else:
+        text = f"{instruction}\n\n{turns[place].content}"
+        turns[place] = turns[place].model_copy(update={"content": text})
+    return conversation.model_copy(update={"messages": tuple(turns)})
+
+
+def judge(thinking: str, answer: str, language: str | None) -> ReasoningLanguage:
+    """Holds the language of `thinking` against the wish, and tells that of the answer.
 
     Detection chooses among the whole catalogue.
 
@@ -78,11 +97,18 @@ def judge(thinking: str, language: str | None) -> ReasoningLanguage:
         ValueError: as `to_conversation`.
     """
     requested = None if language is None else find_language(language).tag
-    detected = detect_language(thinking, detection_candidates(requested))
+    found = _detected(thinking, requested)
     if requested is None:
         verdict = Verdict.NOT_REQUESTED
-    elif detected == UNDETERMINED:
+    elif found.detected == UNDETERMINED:
         verdict = Verdict.UNDETERMINED
     else:
-        verdict = Verdict.FOLLOWED if matches(detected, requested) else Verdict.NOT_FOLLOWED
-    return ReasoningLanguage(requested=requested, detected=detected, verdict=verdict)
+        verdict = Verdict.FOLLOWED if matches(found.detected, requested) else Verdict.NOT_FOLLOWED
+    return ReasoningLanguage(
+        requested=requested, verdict=verdict, answer=_detected(answer, requested), **found.model_dump()
+    )
+
+
+def _detected(text: str, wanted: str | None) -> DetectedLanguage:
+    tag, confidence = detect(text, detection_candidates(wanted))
+    return DetectedLanguage(detected=tag, confidence=round(confidence, 3))

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from cluster.harmony import Codec
-from serving.api import create_app
+from serving.api.app import create_app
 from serving.config import ServingConfig
 from serving.engines.base import CheckpointError, Engine
 

@@ -117,6 +117,15 @@ class Codec:
             examples = iter(self._assemble(forms))
             yield from ([next(examples) for _ in own] for own in turns)
 
+    def analysis_opening(self, text: str = "") -> list[int]:
+        """What a completion begins with that thinks first: the analysis channel, opened, and the first words in it."""
+        return [*self._header((CHANNEL, "analysis")), self.ids[MESSAGE], *self.encode(text)]
+
+    def final_opening(self) -> list[int]:
+        """Ends the message that a completion is in, and opens the final channel: the next token is the answer's."""
+        start = (self.ids[END], self.ids[START], *self._header(("assistant",)))
+        return [*start, *self._header((CHANNEL, "final")), self.ids[MESSAGE]]
+
     def parse(self, completion: Iterable[int]) -> Reply:
         """A whole completion (what follows `<|start|>assistant`) as channels and outcome, whatever its tokens are.
 

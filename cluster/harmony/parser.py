@@ -55,6 +55,11 @@ class StreamParser:
         self._called = False
         self._fault: Outcome | None = None
 
+    @property
+    def part(self) -> Part | None:
+        """Where the text of the next token would go; None in a header and after a stop token."""
+        return self._part if self._state == "content" else None
+
     def push(self, token: int) -> list[Delta]:
         """Take the next token; returns the text that became certain, if any."""
         name = self._names.get(token)

@@ -14,7 +14,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.languages.catalogue import CATALOGUE, MEASURED
 
@@ -53,6 +53,17 @@ _UNICODE_NAMES = (
 _OTHER = "Zyyy"
 
 
+class Detection(NamedTuple):
+    """A language found in a text, and how sure that is.
+
+    `confidence` is the share of the text's letters that are in the language's script, times, where languages share
+    the script, the probability that the identifier gives this one among them; 0 where nothing could be told.
+    """
+
+    tag: str
+    confidence: float
+
+
 def detect_language(text: str, among: Iterable[str] | None = None) -> str:
     """The BCP-47 tag of the candidate that `text` is written in, or `und` when there is too little to tell.
 
@@ -69,6 +80,15 @@ def detect_language(text: str, among: Iterable[str] | None = None) -> str:
     Raises:
         ValueError: `among` holds a tag that is not in the catalogue.
     """
+    return detect(text, among).tag
+
+
+def detect(text: str, among: Iterable[str] | None = None) -> Detection:
+    """As `detect_language`, with how sure it is.
+
+    Raises:
+        ValueError: as `detect_language`.
+    """
     by_script = _by_script(MEASURED if among is None else frozenset(among))
     counts = dict.fromkeys(by_script, 0)
     total = 0
@@ -77,14 +97,18 @@ def detect_language(text: str, among: Iterable[str] | None = None) -> str:
         total += weight * times
         counts[script if script in by_script else _OTHER] += weight * times
     if total < MINIMUM_LETTERS:
-        return UNDETERMINED
+        return Detection(UNDETERMINED, 0.0)
     script = max(counts, key=lambda name: counts[name])
     candidates = by_script[script]
+    share = counts[script] / total
+    if script in ("Hani", "Hrkt") and "ja" in candidates and counts.get("Hrkt"):
+        return Detection("ja", (counts["Hani"] + counts["Hrkt"]) / total)
     if script == "Hani":
-        return "ja" if counts.get("Hrkt") else _of_ideographs(text, candidates)
+        return Detection(_of_ideographs(text, candidates), share)
     if len(candidates) > 1:
-        return _identify(text, candidates)
-    return candidates[0] if candidates else UNDETERMINED
+        tag, probability = _identify(text, candidates)
+        return Detection(tag, share * probability)
+    return Detection(candidates[0], share) if candidates else Detection(UNDETERMINED, 0.0)
 
 
 def detection_candidates(wanted: str | None = None) -> frozenset[str]:
@@ -146,9 +170,9 @@ def _encodes(character: str, encoding: str) -> bool:
     return True
 
 
-def _identify(text: str, candidates: tuple[str, ...]) -> str:
-    label: str = _identifier(candidates).classify(text)[0]
-    return next(tag for tag in candidates if _LABELS.get(tag, tag) == label)
+def _identify(text: str, candidates: tuple[str, ...]) -> tuple[str, float]:
+    label, probability = _identifier(candidates).classify(text)
+    return next(tag for tag in candidates if _LABELS.get(tag, tag) == label), float(probability)
 
 
 @lru_cache(maxsize=32)

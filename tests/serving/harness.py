@@ -10,7 +10,7 @@ import httpx
 from fastapi import FastAPI
 
 from cluster.harmony import CHANNEL, END, MESSAGE, RETURN, START, Codec
-from serving.api import create_app
+from serving.api.app import create_app
 from serving.config import ServingConfig
 from serving.engines.base import Engine
 from tests.serving.tiny import tiny_tokenizer

@@ -173,7 +173,11 @@ def test_reasoning_language_is_judged(
     thinking: str, language: str | None, requested: str | None, detected: str, verdict: str
 ) -> None:
     choice = choice_of(answer(thinking, "4"), reasoning_language=language)
-    assert choice["reasoning_language"] == {"requested": requested, "detected": detected, "verdict": verdict}
+    found = dict(choice["reasoning_language"])
+    assert (found.pop("confidence") > 0.5) == (detected != "und")
+    answer_language = {"detected": "und", "confidence": 0.0}
+    expected = {"requested": requested, "detected": detected, "verdict": verdict, "answer": answer_language}
+    assert found == expected
 
 
 @pytest.mark.parametrize("batch", [1, 3, 1000])

@@ -49,14 +49,14 @@ def test_unknown_language_is_refused() -> None:
     with pytest.raises(ValueError, match="Klingon"):
         to_conversation([USER], "low", "Klingon")
     with pytest.raises(ValueError, match="Klingon"):
-        judge("hm", "Klingon")
+        judge("hm", "", "Klingon")
 
 
 def test_verdicts() -> None:
-    assert judge("二足す二は四です。質問について考えています。", "Japanese").verdict is Verdict.FOLLOWED
-    assert judge("二足す二は四です。質問について考えています。", "zh").verdict is Verdict.NOT_FOLLOWED
-    assert judge("", "zh").verdict is Verdict.UNDETERMINED
-    assert judge("", None).verdict is Verdict.NOT_REQUESTED
+    assert judge("二足す二は四です。質問について考えています。", "", "Japanese").verdict is Verdict.FOLLOWED
+    assert judge("二足す二は四です。質問について考えています。", "", "zh").verdict is Verdict.NOT_FOLLOWED
+    assert judge("", "", "zh").verdict is Verdict.UNDETERMINED
+    assert judge("", "", None).verdict is Verdict.NOT_REQUESTED
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,10 @@ def test_verdicts() -> None:
     ],
 )
 def test_verdicts_across_the_catalogue(thinking: str, wish: str | None, detected: str, verdict: Verdict) -> None:
-    judged = judge(thinking, wish)
+    judged = judge(thinking, "4", wish)
     assert (judged.detected, judged.verdict) == (detected, verdict)
+    assert 0.5 < judged.confidence <= 1
+    assert (judged.answer.detected, judged.answer.confidence) == ("und", 0)
 
 
 @pytest.mark.parametrize("thinking", ["plain", "二足す二", "ends in ✓", "é"])

@@ -95,13 +95,9 @@ def test_unknown_language_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("name", "neutral", "asking"),
     [
-        ("n", 1, 2),
-        ("stop", None, ["\n"]),
-        ("stop", [], "x"),
         ("tools", None, [{"type": "function", "function": {"name": "f"}}]),
         ("tools", [], [{}]),
         ("tool_choice", "auto", "required"),
-        ("seed", None, 7),
         ("logprobs", False, True),
         ("logit_bias", {}, {"5": 1}),
         ("presence_penalty", 0, 0.5),

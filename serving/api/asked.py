@@ -1,0 +1,113 @@
+"""What a request asks for, whatever interface it came by: held against the limits, and rendered into a prompt."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cluster.harmony import Codec, Conversation
+from cluster.languages import find_language
+from serving.api.errors import ApiError
+from serving.config import OnFault, PolicyConfig, ServingConfig
+from serving.contract import ask_for_language
+from serving.engines.base import Sampling
+from serving.generation import Wish
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request in the endpoint's own terms; None takes the endpoint's default."""
+
+    model: str
+    conversation: Conversation
+    choices: int = 1
+    output_tokens: int | None = None
+    output_field: str = "max_completion_tokens"
+    """what the request calls its budget, for errors"""
+    messages_field: str = "messages"
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    language: str | None = None
+    """tag or name of the language to think in"""
+    on_malformed: OnFault | None = None
+    on_wrong_language: OnFault | None = None
+    retries: int | None = None
+    rescue: bool | None = None
+    """whether thinking is closed in time for an answer; the share is the configuration's or `DEFAULT_RESCUE_SHARE`"""
+
+
+DEFAULT_RESCUE_SHARE = 0.25
+
+
+async def wishes(asked: Asked, config: ServingConfig, codec: Codec) -> list[Wish]:
+    """One wish for each choice, all with the same prompt.
+
+    Raises:
+        ApiError: 404 for another model, 400 for what the limits or the languages do not allow.
+    """
+    limits, engine = config.limits, config.engine
+    if asked.model != config.model.served_name:
+        message = f"model {asked.model!r} is not served here; {config.model.served_name!r} is"
+        raise ApiError(404, message, param="model", code="model_not_found")
+    if len(asked.conversation.messages) > limits.messages:
+        raise _refused(asked.messages_field, f"{asked.messages_field} holds more than {limits.messages}")
+    if len(asked.conversation.tools) > limits.tools:
+        raise _refused("tools", f"tools holds more than {limits.tools}")
+    if asked.choices > limits.choices:
+        raise _refused("n", f"n must be at most {limits.choices}, got {asked.choices}")
+    budget = asked.output_tokens or engine.default_output_tokens
+    if budget > engine.maximum_output_tokens:
+        field = asked.output_field
+        raise _refused(field, f"{field} must be at most {engine.maximum_output_tokens}, got {budget}")
+    tag, conversation = _in_language(asked, config)
+    prompt = await render(codec, conversation)
+    if len(prompt) > limits.prompt_tokens:
+        message = f"the prompt takes {len(prompt)} tokens, more than the {limits.prompt_tokens} that are allowed"
+        raise _refused(asked.messages_field, message, code="context_length_exceeded")
+    sampling = Sampling(
+        maximum_tokens=budget,
+        stop_tokens=codec.stop_tokens,
+        temperature=1.0 if asked.temperature is None else asked.temperature,
+        top_p=1.0 if asked.top_p is None else asked.top_p,
+        seed=asked.seed,
+        logprobs=asked.logprobs,
+    )
+    wish = Wish(prompt, sampling, language=tag, policy=_policy(asked, config.policy), stop=asked.stop)
+    return [
+        wish if asked.seed is None else replace(wish, sampling=replace(sampling, seed=asked.seed + place))
+        for place in range(asked.choices)
+    ]
+
+
+async def render(codec: Codec, conversation: Conversation) -> list[int]:
+    """In a thread: a long text takes longer to encode than the event loop may stand still."""
+    return await asyncio.to_thread(codec.prompt, conversation)
+
+
+def _in_language(asked: Asked, config: ServingConfig) -> tuple[str | None, Conversation]:
+    if asked.language is None:
+        return None, asked.conversation
+    try:
+        tag = find_language(asked.language).tag
+    except ValueError as error:
+        raise _refused("reasoning_language", f"reasoning_language: {error}") from error
+    return tag, ask_for_language(asked.conversation, tag, config.model.instruction_form)
+
+
+def _policy(asked: Asked, default: PolicyConfig) -> PolicyConfig:
+    wanted: dict[str, Any] = {
+        "on_malformed": asked.on_malformed,
+        "on_wrong_language": asked.on_wrong_language,
+        "retries": asked.retries,
+    }
+    if asked.rescue is not None:
+        wanted["rescue_share"] = (default.rescue_share or DEFAULT_RESCUE_SHARE) if asked.rescue else 0.0
+    return default.model_copy(update={name: value for name, value in wanted.items() if value is not None})
+
+
+def _refused(param: str, message: str, code: str = "invalid_value") -> ApiError:
+    return ApiError(400, message, param=param, code=code)

@@ -1,0 +1,45 @@
+"""Errors in OpenAI's form.
+
+Reference: https://platform.openai.com/docs/guides/error-codes
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from serving.engines.base import EngineError
+from serving.generation import GenerationError
+
+_logger = logging.getLogger(__name__)
+
+
+class ApiError(Exception):
+    """An answer that is an error, in OpenAI's form."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = dict(headers or {})
+        self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """What a client is told of an exception; a bug is logged, and told apart by nothing but its status."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, GenerationError):
+        return ApiError(502, str(error), type="server_error", code=error.code)
+    if isinstance(error, EngineError):
+        return ApiError(503, f"the engine failed: {error}", type="server_error", code="engine_failed")
+    _logger.error("a request failed", exc_info=error)
+    return ApiError(500, "the server failed; its log says why", type="server_error", code="internal_error")

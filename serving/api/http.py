@@ -1,0 +1,126 @@
+"""Bodies that are read within a limit, streams of server-sent events, and clients that hang up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Coroutine, Iterable
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+
+from serving.api.errors import ApiError, to_api_error
+
+ResultT = TypeVar("ResultT")
+
+_NO_BUFFERING = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body.
+
+    Raises:
+        ApiError: 413 as soon as it exceeds `limit` bytes.
+    """
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > limit:
+            raise ApiError(413, f"the body is larger than {limit} bytes", code="request_too_large")
+    return bytes(body)
+
+
+async def event_stream(request: Request, events: AsyncGenerator[str, None], ending: str) -> StreamingResponse:
+    """Events as they come, then `ending`.
+
+    The first is awaited before there is a response, so that what is refused until then has a status of its own. What
+    fails later can only be told in the stream, as an event with an error, and the stream then ends without `ending`.
+
+    Raises:
+        ApiError: 499 when the client hangs up before the first event.
+        Exception: what the first event raises.
+    """
+    first = await unless_disconnected(request, _first(events))
+    return StreamingResponse(_rest(first, events, ending), media_type="text/event-stream", headers=_NO_BUFFERING)
+
+
+def event(data: dict[str, Any], name: str | None = None) -> str:
+    """One server-sent event with JSON data."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """The result of `work`, which is cancelled when the client hangs up.
+
+    Raises:
+        ApiError: 499 when it did; nobody reads it.
+    """
+    task = asyncio.create_task(work)
+    hang_up = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((task, hang_up), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ApiError(499, "the client closed the connection", code="client_closed_request")
+    finally:
+        for pending in (task, hang_up):
+            pending.cancel()
+        await asyncio.gather(task, hang_up, return_exceptions=True)
+
+
+async def merged(streams: Iterable[AsyncGenerator[ResultT, None]]) -> AsyncGenerator[ResultT, None]:
+    """Items of several streams as they come; the first error ends them all, and so does closing.
+
+    Raises:
+        Exception: what one of the streams raises.
+    """
+    queue: asyncio.Queue[ResultT | BaseException | None] = asyncio.Queue(maxsize=16)
+
+    async def pump(stream: AsyncGenerator[ResultT, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for item in stream:
+                    await queue.put(item)
+        except Exception as error:
+            await queue.put(error)
+        else:
+            await queue.put(None)
+
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _first(events: AsyncGenerator[str, None]) -> str:
+    return await anext(events)
+
+
+async def _rest(first: str, events: AsyncGenerator[str, None], ending: str) -> AsyncGenerator[str, None]:
+    async with aclosing(events):
+        try:
+            yield first
+            async for each in events:
+                yield each
+            yield ending
+        except Exception as error:
+            yield event(to_api_error(error).body)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
