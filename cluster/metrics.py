@@ -7,10 +7,14 @@ own; `<temp-dir>/prom_metrics_service_discovery.json` of the head tells Promethe
 from __future__ import annotations
 
 import math
+import sys
 import threading
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 RESEND_SECONDS = 5.0
 """Ray's agent drops a gauge 20 s after it was last set, which is less than many a line of a log or step takes"""
@@ -34,6 +38,54 @@ TRAINING_METRICS: Mapping[str, str] = {
     "data_wait": "share of the training time in which this worker waited for data, 0 to 1",
 }
 """what is measured in training, with its unit; one worker sends what concerns the run, each its memory and data wait"""
+
+
+class Metric(NamedTuple):
+    """What is measured: its kind, what it means and in which unit, the names of its tags, a histogram's upper bounds.
+
+    A tag never holds a request's content, nor an API key, only a key's name.
+    """
+
+    kind: Literal["counter", "gauge", "histogram"]
+    description: str
+    tags: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+SERVING = "raysoner_serving"
+"""prefix of an endpoint's metrics; all carry the tags `application` and `replica` beside their own"""
+
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+_TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0)
+
+SERVING_METRICS: Mapping[str, Metric] = {
+    "first_token_seconds": Metric(
+        "histogram", "from a request's arrival to the first token of a choice, seconds", buckets=_SECONDS
+    ),
+    "inter_token_seconds": Metric(
+        "histogram", "mean time between two tokens of a choice, one value a choice, seconds", buckets=_TOKEN_SECONDS
+    ),
+    "queue_wait_seconds": Metric("histogram", "what a generation waited for its place, seconds", buckets=_SECONDS),
+    "request_seconds": Metric(
+        "histogram", "from a request's arrival to the end of its answer, seconds", buckets=_SECONDS
+    ),
+    "requests": Metric("counter", "requests answered, by HTTP status and name of the API key", ("status", "key")),
+    "outcomes": Metric("counter", "choices ended, by the outcome of their completion", ("outcome",)),
+    "language_verdicts": Metric(
+        "counter",
+        "choices with a wish for a language of thinking, by that language and how thinking or answer kept to it",
+        ("language", "part", "verdict"),
+    ),
+    "prompt_tokens": Metric("counter", "tokens of prompts, by name of the API key", ("key",)),
+    "generated_tokens": Metric("counter", "tokens generated, those of given-up attempts included", ("key",)),
+    "retries": Metric("counter", "further attempts at a choice, by what was wrong with the one before", ("reason",)),
+    "rescues": Metric("counter", "choices whose thinking was closed so that an answer came within the budget"),
+    "queue_seconds": Metric("gauge", "age of the oldest waiting request, seconds; 0 when none waits"),
+    "tokens_in_flight": Metric("gauge", "tokens that running requests may come to take, prompts and budgets"),
+    "running": Metric("gauge", "requests that the engine works on"),
+    "waiting": Metric("gauge", "requests that wait for a place"),
+}
+"""what an endpoint measures, by name without the prefix; Prometheus sees `ray_raysoner_serving_…`"""
 
 
 class Gauges:
@@ -112,3 +164,157 @@ class Gauges:
             with self._lock:
                 for name, value in self._values.items():
                     self._gauges[name].set(value)
+
+
+@dataclass
+class _Histogram:
+    """Values counted by upper bound, the last of them infinity."""
+
+    counts: list[int]
+    total: float = 0.0
+
+
+class Recorder:
+    """Counts in memory, and hands everything to Ray every few seconds from a thread of its own, if Ray runs here.
+
+    Counting costs a lock and an addition, whatever Ray does; nothing is sent to Ray from the thread that counts.
+
+    Args:
+        prefix: of the names, such as `SERVING`; Ray puts `ray_` before it.
+        metrics: by name without the prefix.
+        tags: of all values, beside those of each metric.
+        gauges: asked for the values of all gauges whenever they are sent.
+        period: seconds; less than 20, after which Ray drops a gauge.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        metrics: Mapping[str, Metric],
+        tags: Mapping[str, str] | None = None,
+        *,
+        gauges: Callable[[], Mapping[str, float]] = dict,
+        period: float = RESEND_SECONDS,
+    ) -> None:
+        self._metrics = metrics
+        self._gauges = gauges
+        self._lock = threading.Lock()
+        self._counts: defaultdict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
+        self._histograms: dict[tuple[str, tuple[str, ...]], _Histogram] = {}
+        self._sent: dict[str, Any] = {}
+        self._pending = _Pending()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        if _ray_runs():
+            self._sent = _ray_metrics(prefix, metrics, dict(tags or {}))
+            self._thread = threading.Thread(target=self._resend, args=(period,), name=f"{prefix}-metrics", daemon=True)
+            self._thread.start()
+
+    def count(self, name: str, amount: float = 1.0, **tags: str) -> None:
+        """Add to a counter; nothing happens when `amount` is 0.
+
+        Raises:
+            KeyError: no counter has that name, or the tags are not the metric's.
+        """
+        key = self._key(name, "counter", tags)
+        if amount:
+            with self._lock:
+                self._counts[key] += amount
+                if self._thread:
+                    self._pending.counts[key] += amount
+
+    def observe(self, name: str, value: float, **tags: str) -> None:
+        """Put a value into a histogram.
+
+        Raises:
+            KeyError: no histogram has that name, or the tags are not the metric's.
+        """
+        key = self._key(name, "histogram", tags)
+        buckets = self._metrics[name].buckets
+        with self._lock:
+            histogram = self._histograms.setdefault(key, _Histogram([0] * (len(buckets) + 1)))
+            histogram.counts[bisect_left(buckets, value)] += 1
+            histogram.total += value
+            if self._thread:
+                self._pending.values.append((key, value))
+
+    def total(self, name: str, **tags: str) -> float:
+        """What a counter has come to, or how many values a histogram holds, over all tags that are not given."""
+        position = {tag: place for place, tag in enumerate(self._metrics[name].tags)}
+        with self._lock:
+            counts = {**self._counts, **{key: sum(each.counts) for key, each in self._histograms.items()}}
+        return sum(
+            value
+            for (of, values), value in counts.items()
+            if of == name and all(values[position[tag]] == text for tag, text in tags.items())
+        )
+
+    def gauges(self) -> Mapping[str, float]:
+        """The gauges' values now."""
+        return self._gauges()
+
+    def close(self) -> None:
+        """Send what is left and end the thread; a second call does nothing."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _key(self, name: str, kind: str, tags: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
+        metric = self._metrics.get(name)
+        if metric is None or metric.kind != kind:
+            raise KeyError(f"no {kind} is called {name}")
+        if len(tags) != len(metric.tags):
+            raise KeyError(f"{name} has the tags {', '.join(metric.tags) or 'none'}")
+        return name, tuple(tags[tag] for tag in metric.tags)
+
+    def _resend(self, period: float) -> None:
+        """Body of the thread; ends with Ray, or at `close`."""
+        ended = False
+        while not ended:
+            ended = self._closed.wait(period)
+            if not _ray_runs():
+                return
+            self._send()
+
+    def _send(self) -> None:
+        with self._lock:
+            pending, self._pending = self._pending, _Pending()
+        for (name, values), amount in pending.counts.items():
+            self._sent[name].inc(amount, tags=self._named(name, values))
+        for (name, values), value in pending.values:
+            self._sent[name].observe(value, tags=self._named(name, values))
+        for name, value in self._gauges().items():
+            if math.isfinite(value):
+                self._sent[name].set(value)
+
+    def _named(self, name: str, values: Sequence[str]) -> dict[str, str]:
+        return dict(zip(self._metrics[name].tags, values, strict=True))
+
+
+@dataclass
+class _Pending:
+    """What Ray has not been told yet."""
+
+    counts: defaultdict[tuple[str, tuple[str, ...]], float] = field(default_factory=lambda: defaultdict(float))
+    values: list[tuple[tuple[str, tuple[str, ...]], float]] = field(default_factory=list)
+
+
+def _ray_runs() -> bool:
+    """Whether this process is part of a Ray; does not import it."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def _ray_metrics(prefix: str, metrics: Mapping[str, Metric], tags: dict[str, str]) -> dict[str, Any]:
+    from ray.util.metrics import Counter, Gauge, Histogram
+
+    made: dict[str, Any] = {}
+    for name, metric in metrics.items():
+        keys = (*tags, *metric.tags)
+        if metric.kind == "histogram":
+            made[name] = Histogram(f"{prefix}_{name}", metric.description, list(metric.buckets), keys)
+        else:
+            kind = Counter if metric.kind == "counter" else Gauge
+            made[name] = kind(f"{prefix}_{name}", metric.description, keys)
+        made[name].set_default_tags(tags)
+    return made
