@@ -96,6 +96,11 @@ class Admission:
         return _Turns(self, key, self._clock() + self.limits.request_seconds, refused=self._draining)
 
     @property
+    def open(self) -> bool:
+        """Whether a request made now would be let in, if need be after a wait."""
+        return not self._draining
+
+    @property
     def waiting(self) -> int:
         """Requests that wait for a place."""
         return self._queue.waiting

@@ -34,6 +34,8 @@ _RESCUE = 100
 """number, among the attempts, of the seed that an answer is drawn with whose thinking was closed"""
 
 
+_MALFORMED_WEIGHT = 2
+"""of a malformed attempt's faults: worse than one in the wrong language"""
 _REPORT = PolicyConfig()
 
 
@@ -83,6 +85,8 @@ class Generation:
         tokens: generated in all attempts.
         reasoning_tokens: of these, in the analysis channel.
         attempts: how often it was drawn.
+        retry_reasons: what was wrong with each attempt that was drawn again, `malformed` or `wrong_language`.
+        done: whether the choice has ended.
         rescued: whether its thinking was closed so that it answers within its budget.
         prefilled: whether its thinking was begun for it.
     """
@@ -94,12 +98,19 @@ class Generation:
         self.tokens = 0
         self.reasoning_tokens = 0
         self.attempts = 0
+        self.retry_reasons: list[str] = []
+        self.done = False
         self.rescued = False
         self.prefilled = False
         self._engine = engine
         self._codec = codec
         self._wish = wish
         self._attempt: _Attempt
+
+    @property
+    def budget_tokens(self) -> int:
+        """Most tokens of one attempt."""
+        return self._wish.sampling.maximum_tokens
 
     @property
     def live(self) -> bool:
@@ -120,9 +131,12 @@ class Generation:
             EngineError, ValueError: as `Engine.generate`.
         """
         best: _Judged | None = None
+        judged: _Judged | None = None
         for attempt in self._plan():
             self._attempt = attempt
             self.attempts += 1
+            if judged is not None:
+                self.retry_reasons.append("malformed" if judged.faults >= _MALFORMED_WEIGHT else "wrong_language")
             held: list[Step] = []
             async with aclosing(attempt.stream()) as steps:
                 async for step in steps:
@@ -144,6 +158,7 @@ class Generation:
         self.reply, self.language = best.attempt.reply, best.language
         self.finish_reason = best.attempt.completion.finish_reason
         self.rescued, self.prefilled = best.attempt.rescued, bool(best.attempt.prefill)
+        self.done = True
         for step in best.steps:
             yield step
 
@@ -192,7 +207,7 @@ def _judge(attempt: _Attempt, steps: list[Step], wish: Wish) -> _Judged:
     language = judge(reply.analysis, reply.final, wish.language)
     malformed = wish.policy.on_malformed != "report" and reply.outcome in MALFORMED
     strayed = wish.policy.on_wrong_language != "report" and language.verdict == Verdict.NOT_FOLLOWED
-    return _Judged(attempt, steps, language, 2 * malformed + strayed)
+    return _Judged(attempt, steps, language, _MALFORMED_WEIGHT * malformed + strayed)
 
 
 class _Attempt:

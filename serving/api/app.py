@@ -11,33 +11,38 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from cluster.harmony import Codec
+from serving.admission import DeadlineError, OverloadedError
 from serving.api import chat
 from serving.api.chat_schema import ChatRequest
 from serving.api.errors import ApiError, to_api_error
-from serving.api.fields import parse_request
-from serving.api.http import event_stream, read_body, unless_disconnected
+from serving.api.handling import Endpoint, answer
+from serving.api.openapi import describe
 from serving.config import ServingConfig
 from serving.engines.base import Engine, EngineError
 from serving.generation import GenerationError
+from serving.keys import InvalidKeyError, RateLimitError
+from serving.services import Services
 
 DONE = "data: [DONE]\n\n"
+TOLD = (ApiError, EngineError, GenerationError, OverloadedError, DeadlineError, InvalidKeyError, RateLimitError)
+"""exceptions that are answers; Starlette raises again, as a bug, what only the handler of Exception has answered"""
 
 
-def create_app(config: ServingConfig, codec: Codec, engine: Engine) -> FastAPI:
+def create_app(config: ServingConfig, codec: Codec, engine: Engine, services: Services | None = None) -> FastAPI:
     """The application over one engine. It starts and stops nothing."""
-    app = FastAPI(title="Raysoner", openapi_url=None)
+    app = FastAPI(title="Raysoner", version="1", docs_url="/docs", redoc_url=None)
+    endpoint = Endpoint(config, codec, services or Services.local(config, engine))
     started = int(time.time())
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        wanted = parse_request(ChatRequest, await read_body(request, config.limits.body_bytes))
-        job = await chat.prepare(wanted, config, codec, engine)
-        if wanted.stream:
-            return await event_stream(request, chat.stream(job), DONE)
-        return JSONResponse(await unless_disconnected(request, chat.complete(job)))
+        """An answer in the form of OpenAI's chat completions."""
+        return await answer(request, endpoint, ChatRequest, chat, DONE)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models(request: Request) -> dict[str, Any]:
+        """The one model that is served."""
+        endpoint.services.keys.authenticate(request.headers.get("authorization"))
         name = config.model.served_name
         return {
             "object": "list",
@@ -46,18 +51,26 @@ def create_app(config: ServingConfig, codec: Codec, engine: Engine) -> FastAPI:
 
     @app.get("/health")
     async def health() -> JSONResponse:
+        """Whether the replica can generate, and what it is doing; needs no key."""
         healthy = engine.healthy()
-        body = {"status": "ok" if healthy else "unhealthy", "engine": asdict(engine.stats())}
+        queue = endpoint.services.admission.gauges()
+        body = {"status": "ok" if healthy else "unhealthy", "engine": asdict(engine.stats()), "queue": queue}
         return JSONResponse(body, status_code=200 if healthy else 503)
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        """Whether a request would be taken now; needs no key."""
+        taking = engine.healthy() and endpoint.services.admission.open
+        return JSONResponse({"status": "ready" if taking else "not_ready"}, status_code=200 if taking else 503)
 
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {error.detail}"
         return JSONResponse(ApiError(error.status_code, message).body, error.status_code, headers=error.headers)
 
-    # Starlette raises again, as a bug, what only the handler of Exception has answered.
-    for kind in (ApiError, EngineError, GenerationError, Exception):
+    for kind in (*TOLD, Exception):
         app.add_exception_handler(kind, _refuse)
+    describe(app, {"/v1/chat/completions": ChatRequest})
     return app
 
 

@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 from cluster.harmony import Conversation, Effort, Message
 from serving.api.asked import Asked
 from serving.api.fields import ANY, Strict, drop_neutral
+from serving.api.handling import Asking
 from serving.config import OnFault
 
 _NEUTRAL_REQUEST: dict[str, tuple[Any, ...]] = {
@@ -116,7 +117,7 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
-class ChatRequest(Strict):
+class ChatRequest(Asking):
     """A chat completion request: OpenAI's fields, and `reasoning_language` (a BCP-47 tag or a language's name)."""
 
     model: str
@@ -128,7 +129,6 @@ class ChatRequest(Strict):
     max_tokens: PositiveInt | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     reasoning_effort: Effort | None = None
     reasoning_language: str | None = None

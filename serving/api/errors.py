@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from serving.admission import DeadlineError, OverloadedError
 from serving.engines.base import EngineError
 from serving.generation import GenerationError
+from serving.keys import InvalidKeyError, RateLimitError
 
 _logger = logging.getLogger(__name__)
 
@@ -37,6 +39,15 @@ def to_api_error(error: Exception) -> ApiError:
     """What a client is told of an exception; a bug is logged, and told apart by nothing but its status."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, InvalidKeyError):
+        headers = {"WWW-Authenticate": "Bearer"}
+        return ApiError(401, str(error), type="authentication_error", code="invalid_api_key", headers=headers)
+    if isinstance(error, RateLimitError | OverloadedError):
+        code = "rate_limit_exceeded" if isinstance(error, RateLimitError) else "overloaded"
+        headers = {"Retry-After": str(error.retry_after_seconds)}
+        return ApiError(429, str(error), type="rate_limit_error", code=code, headers=headers)
+    if isinstance(error, DeadlineError):
+        return ApiError(504, str(error), type="server_error", code="deadline_exceeded")
     if isinstance(error, GenerationError):
         return ApiError(502, str(error), type="server_error", code=error.code)
     if isinstance(error, EngineError):

@@ -1,0 +1,195 @@
+"""One request from its header to its last byte: who asks, what it costs, what is measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from cluster.harmony import Codec
+from serving.api.errors import to_api_error
+from serving.api.fields import Strict, parse_request
+from serving.api.http import event_stream, read_body, unless_disconnected
+from serving.config import ServingConfig
+from serving.engines.base import Batch, Engine, EngineStats, Sampling
+from serving.generation import Generation
+from serving.keys import ANONYMOUS, Caller, Reservation
+from serving.services import Services
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """What every route needs."""
+
+    config: ServingConfig
+    codec: Codec
+    services: Services
+
+
+class Asking(Strict):
+    """A request for an answer, whole or as a stream."""
+
+    stream: bool | None = None
+
+
+class Job(Protocol):
+    """A request that was found good."""
+
+    @property
+    def choices(self) -> list[Generation]: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+
+
+AskingT = TypeVar("AskingT", bound=Asking, contravariant=True)
+
+
+class Interface(Protocol[AskingT]):
+    """A form that requests and answers come in; a module is one. Its jobs are its own."""
+
+    async def prepare(self, request: AskingT, config: ServingConfig, codec: Codec, engine: Engine) -> Any:
+        """A `Job`: everything that can be refused is, before anything is drawn."""
+
+    async def complete(self, job: Any) -> dict[str, Any]:
+        """The answer in one piece."""
+        ...
+
+    def stream(self, job: Any) -> AsyncGenerator[str, None]:
+        """The answer as server-sent events."""
+        ...
+
+
+async def answer(
+    request: Request, endpoint: Endpoint, model: type[AskingT], interface: Interface[AskingT], ending: str
+) -> Response:
+    """The response to a request in one of the interfaces; `ending` closes its streams.
+
+    Raises:
+        Exception: what `serving.api.errors.to_api_error` knows, before the response has begun.
+    """
+    exchange = _Exchange(endpoint.services)
+    try:
+        caller = exchange.identify(request)
+        wanted = parse_request(model, await read_body(request, endpoint.config.limits.body_bytes))
+        engine = _MeasuredEngine(endpoint.services.admission.engine_for(caller.name), exchange)
+        job = await interface.prepare(wanted, endpoint.config, endpoint.codec, engine)
+        exchange.begin(job)
+        if wanted.stream:
+            return await event_stream(request, exchange.watch(interface.stream(job)), ending)
+        body = await unless_disconnected(request, interface.complete(job))
+        exchange.end(200)
+        return JSONResponse(body)
+    except BaseException as error:
+        exchange.end(to_api_error(error).status if isinstance(error, Exception) else 499)
+        raise
+
+
+class _Exchange:
+    """What is known of one request, and told to metrics and limits when it ends."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._began = time.perf_counter()
+        self._caller = Caller(ANONYMOUS)
+        self._reservation: Reservation | None = None
+        self._job: Job | None = None
+        self._ended = False
+        self.token_seconds = 0.0
+
+    def identify(self, request: Request) -> Caller:
+        """Who asks.
+
+        Raises:
+            InvalidKeyError, RateLimitError: the request may not come in, or not now.
+        """
+        self._caller = self._services.keys.authenticate(request.headers.get("authorization"))
+        self._caller.count_request()
+        return self._caller
+
+    def begin(self, job: Job) -> None:
+        """Nothing is refused any more, but for tokens that the caller has used up.
+
+        Raises:
+            RateLimitError: it has.
+        """
+        most = job.prompt_tokens + sum(choice.budget_tokens for choice in job.choices)
+        self._reservation = self._caller.reserve_tokens(most)
+        self._job = job
+        self._services.metrics.prompted(self._caller.name, job.prompt_tokens)
+
+    def first_token(self) -> None:
+        """A generation's first token has come."""
+        self._services.metrics.first_token(time.perf_counter() - self._began)
+
+    async def watch(self, events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+        """The events; with the last of them, or with the client's leaving, the request has ended."""
+        status = 499
+        try:
+            async with aclosing(events):
+                async for each in events:
+                    yield each
+            status = 200
+        except Exception as error:
+            status = to_api_error(error).status
+            raise
+        finally:
+            self.end(status)
+
+    def end(self, status: int) -> None:
+        """Tell what the request came to; a second call does nothing."""
+        if self._ended:
+            return
+        self._ended = True
+        metrics, key = self._services.metrics, self._caller.name
+        metrics.responded(status, key, time.perf_counter() - self._began)
+        choices = self._job.choices if self._job else []
+        used = sum(choice.tokens for choice in choices)
+        if self._reservation is not None and self._job is not None:
+            self._reservation.settle(self._job.prompt_tokens + used)
+        for choice in choices:
+            for reason in choice.retry_reasons:
+                metrics.retried(reason)
+            if not choice.done:
+                continue
+            seconds = self.token_seconds / len(choices)
+            metrics.finished(choice.reply.outcome.value, key=key, tokens=choice.tokens, seconds=seconds)
+            language = choice.language
+            if language.requested is not None:
+                metrics.language(language.requested, language.verdict.value)
+            if choice.rescued:
+                metrics.rescued()
+
+
+class _MeasuredEngine(Engine):
+    """An engine that tells an exchange when tokens come."""
+
+    def __init__(self, engine: Engine, exchange: _Exchange) -> None:
+        self._engine = engine
+        self._exchange = exchange
+
+    async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Batch, None]:
+        first = last = 0.0
+        async with aclosing(self._engine.generate(prompt, sampling)) as batches:
+            try:
+                async for batch in batches:
+                    last = time.perf_counter()
+                    if not first:
+                        first = last
+                        self._exchange.first_token()
+                    yield batch
+            finally:
+                self._exchange.token_seconds += last - first
+
+    def healthy(self) -> bool:
+        return self._engine.healthy()
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    def stop(self) -> None:
+        self._engine.stop()
