@@ -68,7 +68,7 @@ class DrawnToken(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What became certain at once."""
+    """What became certain with the tokens that came at once, perhaps nothing yet."""
 
     deltas: list[Delta]
     drawn: list[DrawnToken]
@@ -266,10 +266,8 @@ class _Attempt:
         async with aclosing(self._engine.generate(self._wish.prompt + self._written, sampling)) as batches:
             async for batch in batches:
                 for piece in _cut(batch, threshold - seen if reserve else None):
-                    step = self._take(piece)
                     seen += len(piece.tokens)
-                    if step.deltas or step.drawn:
-                        yield step
+                    yield self._take(piece)
                     if reserve and seen >= threshold and self.completion.part == "analysis":
                         self.rescued = True
                         return
