@@ -22,6 +22,7 @@ import serving
 from cluster.config import ConfigError
 from serving.app import build
 from serving.config import EndpointConfig, ReplicasConfig, ServingConfig
+from serving.proxy import CALLBACK
 
 _ANY_ADDRESS = ("0.0.0.0", "::")
 _OUR_ERRORS = "CheckpointError|EngineError|MemoryError"
@@ -85,7 +86,13 @@ def _deploy_locally(config: ServingConfig) -> int:
     _require_free(config.endpoint)
     if not Path(config.model.path).is_dir():
         raise ConfigError(f"model.path {config.model.path}: no such folder; give that of a merged checkpoint")
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        runtime_env={"env_vars": CALLBACK},
+    )
     try:
         _require_resources(config.replicas)
         status = _run(config)
@@ -104,7 +111,8 @@ def _connect_to_cluster() -> None:
     """Joins the cluster of RAY_ADDRESS, and brings along the two packages that its workers import."""
     packages = [str(Path(str(module.__file__)).parent) for module in (cluster, serving)]
     try:
-        ray.init(runtime_env={"py_modules": packages}, log_to_driver=False, logging_level=logging.WARNING)
+        environment = {"py_modules": packages, "env_vars": CALLBACK}
+        ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError as error:
         raise ConfigError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray cluster answers there") from error
 
