@@ -4,7 +4,7 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-faults check bench clean
+.PHONY: demo test test-faults soak check bench clean
 
 # Fine-tune on two workers, merge, serve, and ask held-out questions over HTTP.
 demo: .venv/installed
@@ -17,6 +17,10 @@ test: check
 # The long form of the fault tests: twenty killed workers in one run, figures kept in tests/benchmarks/results.
 test-faults: .venv/installed
 	RAYSONER_FAULTS=long $(BIN)/python -m pytest -q -m fault
+
+# Ten minutes of mixed load on an endpoint whose replicas are killed and replaced.
+soak: .venv/installed
+	$(BIN)/python -m tests.serving.soak --seconds 600 --keep
 
 # Format, lint, types, import rules, and that every shipped TOML loads.
 check: .venv/installed
