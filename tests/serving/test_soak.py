@@ -1,4 +1,4 @@
-"""The short form of `make soak`: replicas are killed, the application is replaced, clients leave, and nothing is lost."""
+"""The short form of `make soak`: replicas are killed, the application is replaced, clients leave; nothing is lost."""
 
 from __future__ import annotations
 
