@@ -204,7 +204,7 @@ def test_cancel_settles(engine: ContinuousEngine, tokens_first: int) -> None:
         async with aclosing(generator):
             if tokens_first:
                 async for batch in generator:
-                    seen += len(batch)
+                    seen += len(batch.tokens)
                     if seen >= tokens_first:
                         break
             else:
@@ -243,7 +243,7 @@ def test_dead_batching_thread_is_noticed(folder: Path, monkeypatch: pytest.Monke
         assert [type(result) for result in results] == [EngineError] * 3
         assert "the device is gone" in str(results[0])
         await until(lambda: not engine.healthy())
-        await until(lambda: engine._death is not None)
+        await until(lambda: engine._dispatcher.death is not None)
         with pytest.raises(EngineError, match="the device is gone"):
             await generate(engine, prompt(5), endless(4))
 
