@@ -1,7 +1,7 @@
-"""What continuous batching with eager attention takes beside the model's weights, by arithmetic, before it is allocated.
+"""What continuous batching with eager attention takes beside the weights, by arithmetic, before it is allocated.
 
-Without kernels from a hub, attention writes out the scores of all queries of a step against all keys of the batch. They,
-not the cache, are what a GPU runs out of, so they are counted for the fullest batch that the settings allow.
+Without kernels from a hub, attention writes out the scores of all queries of a step against all keys of the batch.
+They, not the cache, are what a GPU runs out of, so they are counted for the fullest batch that the settings allow.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ def cache_blocks(config: Any, concurrent: int, cached_tokens: int) -> int:
     return math.ceil((full_pages * full + sliding_pages * sliding) / (full + sliding))
 
 
-def footprint(
-    config: Any, dtype: torch.dtype, *, concurrent: int, batch_tokens: int, cached_tokens: int
-) -> Footprint:
+def footprint(config: Any, dtype: torch.dtype, *, concurrent: int, batch_tokens: int, cached_tokens: int) -> Footprint:
     """Memory of a model with this `GptOssConfig` in `dtype`, for the engine's three bounds."""
     full, sliding = _layers(config)
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, dtype.itemsize

@@ -3,14 +3,14 @@
 transformers' continuous batching hands the logits of a step to processors and then takes the most likely token or draws
 one with a generator that all requests share. Here one processor does all of it and the library is left to take the
 largest score: the scores of a row that is drawn are its probabilities divided by exponential noise, whose largest is a
-draw from them (the exponential race, as in torch.multinomial). The noise of a request with a seed comes from a generator
-of its own, so that nothing else in the batch moves it.
+draw from them (the exponential race, as in torch.multinomial). The noise of a request with a seed comes from a
+generator of its own, so that nothing else in the batch moves it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.generation.continuous_batching.cb_logits_processors import (
@@ -63,8 +63,8 @@ class Sampler(ContinuousBatchingLogitsProcessor):
     log-probabilities.
     """
 
-    supported_kwargs = {"draw": Draw}
-    ignored_kwargs = ()
+    supported_kwargs: ClassVar[dict[str, type]] = {"draw": Draw}
+    ignored_kwargs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         self._draws: list[Draw] = []
@@ -130,9 +130,9 @@ def race(logits: torch.Tensor, draws: list[Draw], generator: torch.Generator) ->
 def nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """`probabilities` [R, V] with 0 for all but the fewest likeliest tokens that reach `top_p` [R] together."""
     ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(dim=-1) - ordered
+    before = ordered.cumsum(dim=-1).roll(1, dims=-1)
+    before[:, 0] = -1.0  # the likeliest is always kept
     dropped = before >= top_p.unsqueeze(-1)
-    dropped[:, 0] = False
     return probabilities.masked_fill(dropped.scatter(-1, ids, dropped), 0.0)
 
 
