@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from fastapi import FastAPI
@@ -44,24 +45,14 @@ class Replica:
 
 def _load(config: ServingConfig) -> tuple[Engine, Codec]:
     """The engine of a configuration, and the codec of its checkpoint."""
-    import torch
+    from serving.engines.checkpoint import check_files
+    from serving.engines.choice import choose_engine, load_engine
 
-    from serving.engines.checkpoint import check_files, load_model
-    from serving.engines.continuous import ContinuousEngine
-
-    folder = check_files(config.model.path)
+    choice = choose_engine(config)
+    logging.getLogger("ray.serve").info(choice.sentence)
+    folder = check_files(config.model.path, with_adapter=choice.kind == "vllm")
     try:
         codec = Codec.from_folder(folder)
     except (FileNotFoundError, ValueError) as error:
         raise CheckpointError(str(error)) from error
-    if config.replicas.gpus == 0:
-        torch.set_num_threads(config.replicas.cpus)
-    model = load_model(folder, config.model.precision, "cuda" if config.replicas.gpus else "cpu")
-    engine = ContinuousEngine(
-        model,
-        maximum_concurrent=config.engine.maximum_concurrent,
-        maximum_batch_tokens=config.engine.maximum_batch_tokens,
-        maximum_cached_tokens=config.engine.maximum_cached_tokens,
-        longest_sequence=config.longest_sequence,
-    )
-    return engine, codec
+    return load_engine(config, choice.kind, folder), codec
