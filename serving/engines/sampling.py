@@ -120,7 +120,9 @@ def race(logits: torch.Tensor, draws: list[Draw], generator: torch.Generator) ->
     if limited:
         top_p = torch.tensor([draws[row].sampling.top_p for row in limited], device=logits.device)
         probabilities[limited] = nucleus(probabilities[limited], top_p)
-    noise = torch.empty_like(probabilities).exponential_(generator=generator)
+    noise = torch.empty_like(probabilities)
+    if any(draw.sampling.seed is None for draw in draws):
+        noise.exponential_(generator=generator)
     for row, draw in enumerate(draws):
         if draw.sampling.seed is not None:
             draw.noise(noise[row])
