@@ -18,7 +18,7 @@ from serving.replica import Replica
 
 _REPORT_SECONDS = 2.0
 """how often proxies and replicas tell the controller their load"""
-_LOOK_BACK_SECONDS = 10.0
+_LOOK_BACK_SECONDS = 6.0
 """span whose mean the controller goes by"""
 
 
