@@ -147,9 +147,10 @@ class Generation:
 
     def _refuse(self, judged: _Judged) -> None:
         policy, reply = self._wish.policy, judged.attempt.reply
-        if policy.on_malformed == "fail" and reply.outcome in MALFORMED:
+        if policy.on_malformed == "fail" and judged.faults >= _MALFORMED_WEIGHT:
+            outcome = reply.outcome.value if reply.outcome in MALFORMED else "not in the form that was asked for"
             raise GenerationError(
-                f"the model wrote no well-formed answer in {self.attempts} attempts ({reply.outcome.value})",
+                f"the model wrote no well-formed answer in {self.attempts} attempts ({outcome})",
                 code="malformed_output",
             )
         if policy.on_wrong_language == "fail" and judged.language.verdict == Verdict.NOT_FOLLOWED:
