@@ -37,9 +37,8 @@ def free_pages(engine: ContinuousEngine) -> int:
     processor = engine._manager.batch_processor
     assert processor is not None
     pool = processor.cache.pool
-    return sum(pool.blocks_per_sector[0] for _ in pool.free_sectors) + sum(
-        pool.count_free_blocks(index) for index in range(pool.num_allocators)
-    )
+    unassigned = int(pool.num_free_sectors * pool.blocks_per_sector[0])
+    return unassigned + sum(pool.count_free_blocks(index) for index in range(pool.num_allocators))
 
 
 def test_cancelled_sequences_leave_the_batch_and_give_their_pages_back(engine: ContinuousEngine) -> None:
