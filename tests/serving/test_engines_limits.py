@@ -148,9 +148,13 @@ def test_drain_says_when_the_time_is_up(engine: ContinuousEngine) -> None:
     asyncio.run(run())
 
 
-def test_an_empty_prompt_is_refused(engine: ContinuousEngine) -> None:
+def test_prompts_that_no_model_can_read_are_refused(engine: ContinuousEngine) -> None:
     with pytest.raises(ValueError, match="at least one token"):
         asyncio.run(generate(engine, [], endless(4)))
+    for token in (-1, 600):
+        with pytest.raises(ValueError, match="outside the model's 600"):
+            asyncio.run(generate(engine, [5, token], endless(4)))
+    assert engine.healthy()
 
 
 def test_the_cache_is_as_large_as_was_counted(engine: ContinuousEngine) -> None:
