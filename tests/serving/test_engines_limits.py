@@ -38,7 +38,7 @@ def free_pages(engine: ContinuousEngine) -> int:
     assert processor is not None
     pool = processor.cache.pool
     unassigned = int(pool.num_free_sectors * pool.blocks_per_sector[0])
-    return unassigned + sum(pool.count_free_blocks(index) for index in range(pool.num_allocators))
+    return unassigned + sum(int(pool.count_free_blocks(index)) for index in range(pool.num_allocators))
 
 
 def test_cancelled_sequences_leave_the_batch_and_give_their_pages_back(engine: ContinuousEngine) -> None:
