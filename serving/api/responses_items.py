@@ -1,0 +1,178 @@
+"""Input items of a Responses request, and the turns that they make.
+
+Reference: https://platform.openai.com/docs/api-reference/responses/create#responses-create-input
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from cluster.harmony import Message, ToolCall
+from serving.api.errors import ApiError
+from serving.api.fields import ANY, Strict, by_type, drop_neutral
+
+_FUNCTIONS = "functions."
+_NEUTRAL_PART: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "logprobs": (ANY,),
+    "prompt_cache_breakpoint": (ANY,),
+}
+_NEUTRAL_MESSAGE: dict[str, tuple[Any, ...]] = {"id": (ANY,), "status": (ANY,)}
+_NEUTRAL_REASONING: dict[str, tuple[Any, ...]] = {"id": (ANY,), "status": (ANY,), "encrypted_content": ()}
+_NEUTRAL_CALL: dict[str, tuple[Any, ...]] = {
+    "id": (ANY,),
+    "status": (ANY,),
+    "async": (False,),
+    "caller": ({"type": "direct"},),
+    "namespace": (),
+}
+_NEUTRAL_RESULT: dict[str, tuple[Any, ...]] = _NEUTRAL_CALL | {"name": ()}
+
+
+class TextPart(Strict):
+    """A piece of a message's or a result's content; only text is served."""
+
+    type: Literal["input_text", "output_text"]
+    text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asks_for_nothing_else(cls, value: Any) -> Any:
+        return drop_neutral(value, _NEUTRAL_PART)
+
+
+def _content_kind(content: Any) -> str:
+    return "parts" if isinstance(content, list) else "string"
+
+
+Content = Annotated[
+    Annotated[str, Tag("string")] | Annotated[list[TextPart], Tag("parts")],
+    Discriminator(_content_kind),
+]
+
+
+class MessageItem(Strict):
+    """A turn. `phase` tells an assistant's preamble from its answer; without one it is the answer."""
+
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Content
+    phase: Literal["commentary", "final_answer"] | None = None
+
+    @model_validator(mode="after")
+    def _only_assistants_have_phases(self) -> MessageItem:
+        if self.phase is not None and self.role != "assistant":
+            raise PydanticCustomError("unsupported", "phase belongs to assistant messages only", {"name": "phase"})
+        return self
+
+
+class ReasoningText(Strict):
+    """A piece of thinking."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class SummaryText(Strict):
+    """A summary of thinking; the model is not shown it."""
+
+    type: Literal["summary_text"]
+    text: str
+
+
+class ReasoningItem(Strict):
+    """Thinking of the assistant, which belongs to the answer or the call after it."""
+
+    type: Literal["reasoning"]
+    summary: list[SummaryText] | None = None
+    content: list[ReasoningText] | None = None
+
+
+CallId = Annotated[str, Field(min_length=1, max_length=256)]
+CallName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,118}$")]
+"""a function's name, or the full name of a tool that is no function, such as `browser.search`"""
+
+
+class CallItem(Strict):
+    """A call that the assistant made; `arguments` as it wrote them."""
+
+    type: Literal["function_call"]
+    call_id: CallId
+    name: CallName
+    arguments: str
+
+    @property
+    def recipient(self) -> str:
+        """The tool's full name."""
+        return self.name if "." in self.name else _FUNCTIONS + self.name
+
+
+class ResultItem(Strict):
+    """What a call gave."""
+
+    type: Literal["function_call_output"]
+    call_id: CallId
+    output: Content
+
+
+def _dropping(neutral: dict[str, tuple[Any, ...]]) -> BeforeValidator:
+    return BeforeValidator(lambda value: drop_neutral(value, neutral))
+
+
+Item = Annotated[
+    Annotated[MessageItem, _dropping(_NEUTRAL_MESSAGE), Tag("type=message")]
+    | Annotated[ReasoningItem, _dropping(_NEUTRAL_REASONING), Tag("type=reasoning")]
+    | Annotated[CallItem, _dropping(_NEUTRAL_CALL), Tag("type=function_call")]
+    | Annotated[ResultItem, _dropping(_NEUTRAL_RESULT), Tag("type=function_call_output")],
+    by_type(default="message"),
+]
+
+
+def to_messages(items: Sequence[Item]) -> tuple[Message, ...]:
+    """The turns as the codec takes them.
+
+    Thinking and preambles go to the call that follows them, thinking to an answer too; what nothing of the assistant's
+    follows is left out. Which thinking the model reads again is for the codec: what stands after the last answer.
+
+    Raises:
+        ApiError: 400 for a result that no call before it asked for, or that comes twice.
+    """
+    messages: list[Message] = []
+    calls: dict[str, CallItem] = {}
+    thinking, preamble = "", ""
+    for place, item in enumerate(items):
+        if isinstance(item, ReasoningItem):
+            thinking += "".join(part.text for part in item.content or ())
+            continue
+        if isinstance(item, MessageItem) and item.phase == "commentary":
+            preamble += _text(item.content)
+            continue
+        if isinstance(item, CallItem):
+            calls[item.call_id] = item
+            call = ToolCall(recipient=item.recipient, arguments=item.arguments)
+            messages.append(Message(role="assistant", content=preamble, thinking=thinking or None, tool_call=call))
+        elif isinstance(item, ResultItem):
+            answered = calls.pop(item.call_id, None)
+            if answered is None:
+                raise _unasked(place, item.call_id)
+            messages.append(Message(role="tool", content=_text(item.output), tool=answered.recipient))
+        else:
+            own = thinking if item.role == "assistant" else ""
+            messages.append(Message(role=item.role, content=_text(item.content), thinking=own or None))
+        thinking, preamble = "", ""
+    return tuple(messages)
+
+
+def _text(content: str | list[TextPart]) -> str:
+    """Parts are joined without anything between them."""
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def _unasked(place: int, call_id: str) -> ApiError:
+    field = f"input.{place}.call_id"
+    message = f"{field}: no function_call before it has the call_id {call_id!r}, or its output was given already"
+    return ApiError(400, message, param=field, code="invalid_value")
