@@ -35,8 +35,10 @@ def by_type(default: str = "", plain: str = "") -> Discriminator:
     """
 
     def tag(value: Any) -> str:
-        if isinstance(value, dict | BaseModel):  # a model when a request is written back
-            return f"{_BY_TYPE}{value.get('type', default) if isinstance(value, dict) else getattr(value, 'type', default)}"
+        if isinstance(value, dict):
+            return f"{_BY_TYPE}{value.get('type', default)}"
+        if isinstance(value, BaseModel):  # when a request is written back
+            return f"{_BY_TYPE}{getattr(value, 'type', default)}"
         return plain or f"{_BY_TYPE}{default}"
 
     return Discriminator(tag)

@@ -136,7 +136,7 @@ def _response(job: ResponsesJob, status: str, output: list[dict[str, Any]], **kn
 
 
 def _findings(generation: Generation) -> dict[str, Any]:
-    """What Raysoner adds to a response: how it ended, what stood outside any channel, and what was done about faults."""
+    """What Raysoner adds: how the choice ended, text outside any channel, and what was done about faults."""
     reply = generation.reply
     found: dict[str, Any] = {"outcome": reply.outcome.value}
     if reply.unparsed:

@@ -116,10 +116,9 @@ class Output:
         text, where = "".join(item.pieces), _where(item)
         name = _KINDS[item.part].text_event
         if item.call is not None:
-            yield {"type": f"{name}.done", **where, "name": item.call.recipient.removeprefix("functions."),
-                   "arguments": text}  # fmt: skip
+            yield {"type": f"{name}.done", **where, "arguments": text}
         else:
-            logprobs = {} if item.part == "analysis" else {"logprobs": []}
+            logprobs: Data = {} if item.part == "analysis" else {"logprobs": []}
             yield {"type": f"{name}.done", **where, "content_index": 0, "text": text, **logprobs}
             yield {"type": "response.content_part.done", **where, "content_index": 0, "part": item.content()}
         done = item.data(status)

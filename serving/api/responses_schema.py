@@ -18,7 +18,7 @@ from serving.api.asked import Asked
 from serving.api.fields import ANY, drop_neutral
 from serving.api.handling import Asking
 from serving.api.responses_items import Item, to_messages
-from serving.api.responses_options import FunctionItem, ReasoningOptions, TextOptions, ToolChoice
+from serving.api.responses_options import FunctionItem, ReasoningOptions, TextOptions, ToolChoice, shown_tools
 from serving.config import OnFault
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -110,7 +110,12 @@ class ResponsesRequest(Asking):
         """
         given = (Message(role="user", content=self.input),) if isinstance(self.input, str) else to_messages(self.input)
         first = () if self.instructions is None else (Message(role="developer", content=self.instructions),)
-        conversation = Conversation(messages=first + given, reasoning_effort=self.effort(default_effort))
+        conversation = Conversation(
+            messages=first + given,
+            tools=tuple(tool.to_tool() for tool in shown_tools(self.tools or (), self.tool_choice)),
+            response_format=self.text.to_response_format() if self.text else None,
+            reasoning_effort=self.effort(default_effort),
+        )
         return Asked(
             model=self.model,
             conversation=conversation,
