@@ -1,7 +1,8 @@
 """Numbers for Prometheus, through `ray.util.metrics`. Needs a running Ray when used, and none to be imported.
 
-Each node's metrics agent serves them at the node's metrics port as `ray_<name>`, with the tags given here beside Ray's
-own; `<temp-dir>/prom_metrics_service_discovery.json` of the head tells Prometheus where the agents are.
+Each node's metrics agent serves them at the node's metrics port as `ray_<name>`, counters as `ray_<name>_total` and
+histograms as `_bucket`, `_sum` and `_count`, with the tags given here beside Ray's own. The file
+`<temp-dir>/prom_metrics_service_discovery.json` of the head tells Prometheus where the agents are.
 """
 
 from __future__ import annotations

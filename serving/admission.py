@@ -253,9 +253,9 @@ class _Turns(Engine):
         batches = passage.batches
         try:
             while True:
-                passage.reader = asyncio.current_task()
+                passage.begin_reading()
                 batch = await anext(batches)
-                passage.reader = None
+                passage.reading = False
                 passage.used += len(batch.tokens)
                 yield batch
                 if passage.expired:
@@ -263,12 +263,11 @@ class _Turns(Engine):
         except StopAsyncIteration:
             return
         except asyncio.CancelledError:
-            if passage.was_expired_in(asyncio.current_task()):
+            if passage.woke_reader():
                 raise _deadline_exceeded(admission.limits) from None
             raise
         finally:
             timer.cancel()
-            passage.reader = None
             await passage.close()
 
     def healthy(self) -> bool:
@@ -289,27 +288,33 @@ class _Passage:
         self.ticket = ticket
         self.batches = batches
         self.used = used
-        self.reader: asyncio.Task[object] | None = None
-        """the task that waits for the engine now; None while it does something else with what it got"""
+        self.reading = False
+        """whether the reader waits for the engine now, or does something else with what it got"""
         self.expired = False
-        self._cancelled: asyncio.Task[object] | None = None
+        self._reader: asyncio.Task[object] | None = None
         self._cancelling = 0
+        self._woken = False
         self._closing: asyncio.Task[None] | None = None
+
+    def begin_reading(self) -> None:
+        """The running task waits for the next batch; it need not be the one that waited for the last."""
+        reader = asyncio.current_task()
+        if reader is not self._reader and reader is not None:
+            self._reader, self._cancelling = reader, reader.cancelling()
+        self.reading = True
 
     def expire(self) -> None:
         """The request's time is over: wakes its reader, or ends the generation behind the back of a slow one."""
         self.expired = True
-        if self.reader is not None:
-            self._cancelled, self._cancelling = self.reader, self.reader.cancelling()
-            self.reader.cancel()
+        if self.reading and self._reader is not None:
+            self._woken = True
+            self._reader.cancel()
         else:
             self._closing = asyncio.get_running_loop().create_task(self._close())
 
-    def was_expired_in(self, task: asyncio.Task[object] | None) -> bool:
-        """Whether a cancellation that `task` received is the one of `expire`, and no other."""
-        if task is None or task is not self._cancelled:
-            return False
-        return task.uncancel() <= self._cancelling
+    def woke_reader(self) -> bool:
+        """Whether the cancellation that the running task received is the one of `expire`, and no other."""
+        return self._woken and self._reader is not None and self._reader.uncancel() <= self._cancelling
 
     async def close(self) -> None:
         """End the engine's part and give the place back."""

@@ -23,7 +23,9 @@ class Completion:
         self.reasoning_tokens = 0
         self.finish_reason: FinishReason = "length"
         self.reply: Reply | None = None
+        self._codec = codec
         self._parser = codec.parser()
+        self._length = 0
         self._placed: list[range] = []
 
     @property
@@ -39,12 +41,21 @@ class Completion:
     def push(self, tokens: Sequence[int]) -> list[Delta]:
         """Take new tokens; returns the text that they complete."""
         self.tokens += len(tokens)
-        return [delta for token in tokens for delta in self._parser.push(token)]
+        return self._parse(tokens)
 
     def place(self, tokens: Sequence[int]) -> list[Delta]:
         """Take tokens that the server writes and the engine reads; returns the text that they complete."""
-        begin = self.tokens + sum(map(len, self._placed))
-        self._placed.append(range(begin, begin + len(tokens)))
+        self._placed.append(range(self._length, self._length + len(tokens)))
+        return self._parse(tokens)
+
+    def rewind(self, tokens: Sequence[int]) -> None:
+        """Go back to where only `tokens` had come, the first of those taken; what was counted stays counted."""
+        self._parser, self._length = self._codec.parser(), 0
+        self._placed = [placed for placed in self._placed if placed.stop <= len(tokens)]
+        self._parse(tokens)
+
+    def _parse(self, tokens: Sequence[int]) -> list[Delta]:
+        self._length += len(tokens)
         return [delta for token in tokens for delta in self._parser.push(token)]
 
     def finish(self, *, stopped: bool = False) -> list[Delta]:

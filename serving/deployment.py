@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
 import os
 import re
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import httpx
@@ -22,24 +25,27 @@ import serving
 from cluster.config import ConfigError
 from serving.app import build
 from serving.config import EndpointConfig, ReplicasConfig, ServingConfig
+from serving.keys import KeyFile
 from serving.proxy import CALLBACK
 
 _ANY_ADDRESS = ("0.0.0.0", "::")
-_OUR_ERRORS = "CheckpointError|EngineError|MemoryError"
+_POLL_SECONDS = 0.2
+_SERVE_SECONDS = 10.0
+"""what Serve may take to notice that a replica has ended"""
+_OUR_ERRORS = "CheckpointError|ConfigError|EngineError|MemoryError"
 
 
 def deploy(config: ServingConfig) -> int:
     """Deploys, and waits until the application runs or has failed; prints which. Returns the exit status.
 
     On the cluster that RAY_ADDRESS names the application goes on running; without one, it runs on a Ray started here,
-    until Ctrl-C.
+    until Ctrl-C ends it at once, or SIGTERM once the requests in progress are done.
 
     Raises:
-        ConfigError: the address cannot be had, or this machine has not what a replica needs.
+        ConfigError: the address cannot be had or would let everybody in, or this machine has not what a replica needs.
     """
-    # Replicas run in other folders than this process: only an absolute path means the same to them.
-    path = str(Path(config.model.path).expanduser().absolute())
-    config = config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+    _require_keys(config)
+    config = _with_absolute_paths(config)
     if "RAY_ADDRESS" in os.environ:
         return _deploy_on_cluster(config)
     return _deploy_locally(config)
@@ -86,6 +92,8 @@ def _deploy_locally(config: ServingConfig) -> int:
     _require_free(config.endpoint)
     if not Path(config.model.path).is_dir():
         raise ConfigError(f"model.path {config.model.path}: no such folder; give that of a merged checkpoint")
+    if config.security.keys is not None:
+        KeyFile.read(config.security.keys)
     ray.init(
         address="local",
         include_dashboard=False,
@@ -97,14 +105,37 @@ def _deploy_locally(config: ServingConfig) -> int:
         _require_resources(config.replicas)
         status = _run(config)
         if status == 0:
+            signal.signal(signal.SIGTERM, _terminate)
             print("Ctrl-C stops it", flush=True)
             signal.pause()
         return status
+    except _Terminated:
+        _drain(config)
+        return 0
     except KeyboardInterrupt:
         return 0
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+class _Terminated(Exception):
+    """SIGTERM came."""
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _drain(config: ServingConfig) -> None:
+    """Takes the application off Serve, and waits for its requests as long as its replicas do."""
+    name, seconds = config.endpoint.application, config.replicas.graceful_shutdown_seconds
+    print(f"{name} takes no more requests and ends when its present ones are done; Ctrl-C ends it at once", flush=True)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    serve.delete(name, _blocking=False)
+    end = time.monotonic() + seconds + _SERVE_SECONDS
+    while name in serve.status().applications and time.monotonic() < end:
+        time.sleep(_POLL_SECONDS)
 
 
 def _connect_to_cluster() -> None:
@@ -136,6 +167,37 @@ def _reason(application: str, error: RuntimeError) -> str:
     trace = "\n".join([str(error), *(deployment.message for deployment in deployments)])
     ours = re.findall(rf"^(?:[\w.]+\.)?(?:{_OUR_ERRORS}): (.+)$", trace, re.MULTILINE)
     return str(ours[-1]) if ours else trace
+
+
+def _with_absolute_paths(config: ServingConfig) -> ServingConfig:
+    """Replicas run in other folders than this process: only an absolute path means the same to them."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().absolute())
+
+    model = config.model.model_copy(update={"path": absolute(config.model.path)})
+    security = config.security
+    if security.keys is not None:
+        security = security.model_copy(update={"keys": absolute(security.keys)})
+    return config.model_copy(update={"model": model, "security": security})
+
+
+def _require_keys(config: ServingConfig) -> None:
+    """Raises ConfigError if other machines could reach the endpoint without an API key, and nobody said they may."""
+    host, security = config.endpoint.host, config.security
+    if security.keys is None and not security.allow_public and not is_loopback(host):
+        raise ConfigError(
+            f"endpoint.host {host} lets other machines in, and security.keys names no file of API keys; make one with "
+            "python -m serving keys create, or set security.allow_public to let everybody in"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address; a name other than localhost is taken to be reached by others."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def _require_free(endpoint: EndpointConfig) -> None:

@@ -2,11 +2,11 @@
 
 Start-time fair queueing (Goyal, Vin and Cheng, 1996) over keys of equal weight, in tokens. Each key has a virtual time:
 the tokens it has had. The key with the smallest is next, and one that comes back from a pause begins at the virtual
-time of the others, so that pauses earn nothing. A request counts with all the tokens it may take when it is let in, and
-with those that it really took once it has ended.
+time of the others, so that pauses earn nothing. Of a request that is let in, the part of its tokens counts that the
+key's last requests took of theirs; once it has ended, what it really took.
 
 Turns alone do not spare a quiet key the wait for a place when another key holds them all. So where several keys exist,
-a share of places and tokens is kept for keys that have nothing running.
+a share of places and tokens is kept for keys that run little.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 KEPT_PART = 8
-"""one in so many places and tokens is kept for keys that have nothing running"""
+"""one in so many places and tokens is kept for keys that hold fewer places than are kept"""
+_NEWEST_WEIGHT = 0.2
+"""of the last request, in what is expected of a key's next one"""
 _SPARE_ENTRIES = 64
 
 
@@ -28,6 +30,8 @@ class Ticket:
     key: str
     tokens: int
     arrived: float
+    charged: float = 0.0
+    """what its key's virtual time rose by when it was let in"""
     admitted: bool = False
     ended: bool = False
 
@@ -40,6 +44,8 @@ class _Line:
     virtual: float
     floor: float
     """no refund takes the virtual time below this: it is the time at which the line last joined the others"""
+    share: float = 1.0
+    """what its requests took of the tokens that they might have taken, the recent ones weighing most"""
     running: int = 0
     entry: int = 0
     """number of the line's valid entry in the heaps; others are stale"""
@@ -55,7 +61,7 @@ class FairQueue:
     Args:
         places: requests that may run at a time.
         tokens: tokens that those may take together.
-        keys: how many keys there are; with more than one, places and tokens are kept for keys that run nothing.
+        keys: how many keys there are; with more than one, places and tokens are kept for keys that run little.
     """
 
     def __init__(self, places: int, tokens: int, keys: Callable[[], int] = lambda: 1) -> None:
@@ -66,11 +72,12 @@ class FairQueue:
         self.running_tokens = 0
         self.waiting_tokens = 0
         self._keys = keys
+        self._kept = max(1, places // KEPT_PART) if places > 1 else 0
         self._virtual = 0.0
         self._entries = 0
         self._lines: dict[str, _Line] = {}
-        self._idle: _Heap = []  # lines that wait and run nothing
-        self._busy: _Heap = []  # lines that wait and run something
+        self._light: _Heap = []  # lines that wait and hold fewer places than are kept
+        self._busy: _Heap = []  # the others that wait
         self._arrivals: OrderedDict[Ticket, None] = OrderedDict()
         self._lengths: dict[int, OrderedDict[str, None]] = {}  # keys by how many of their requests wait
         self._longest = 0
@@ -103,17 +110,18 @@ class FairQueue:
 
     def admit(self) -> Ticket | None:
         """Take out the request whose turn it is, if there is room for it. It counts as running until `release`."""
-        idle, busy = _top(self._idle), _top(self._busy)
-        if busy is not None and (idle is None or busy.virtual <= idle.virtual):
-            # Where only the kept share is left, it is there for the others.
-            line = busy if self._fits(busy) else idle
+        light, busy = _top(self._light), _top(self._busy)
+        if busy is not None and (light is None or busy.virtual <= light.virtual):
+            # Where only the kept share is left, it is there for the light ones.
+            line = busy if self._fits(busy) else light
         else:
-            line = idle
+            line = light
         if line is None or not self._fits(line):
             return None
         ticket = next(iter(line.waiting))
         self._virtual = max(self._virtual, line.virtual)
-        line.virtual += ticket.tokens
+        ticket.charged = line.share * ticket.tokens
+        line.virtual += ticket.charged
         line.running += 1
         self.running += 1
         self.running_tokens += ticket.tokens
@@ -129,7 +137,8 @@ class FairQueue:
             return
         ticket.ended = True
         line = self._lines[ticket.key]
-        line.virtual = max(line.floor, line.virtual - max(0, ticket.tokens - used))
+        line.virtual = max(line.floor, line.virtual - ticket.charged + used)
+        line.share += _NEWEST_WEIGHT * (min(1.0, used / ticket.tokens) - line.share)
         line.running -= 1
         self.running -= 1
         self.running_tokens -= ticket.tokens
@@ -155,17 +164,17 @@ class FairQueue:
     def _fits(self, line: _Line) -> bool:
         ticket = next(iter(line.waiting))
         places, tokens = self.places, self.tokens
-        if line.running and self._keys() > 1:
-            places -= max(1, places // KEPT_PART) if places > 1 else 0
+        if line.running >= self._kept and self._keys() > 1:
+            places -= self._kept
             without = tokens - tokens // KEPT_PART
             tokens = without if ticket.tokens <= without else tokens
         return self.running < places and self.running_tokens + ticket.tokens <= tokens
 
     def _enter(self, line: _Line) -> None:
-        """A new entry of a line that waits, where its virtual time and whether it runs something put it."""
+        """A new entry of a line that waits, where its virtual time and how much it runs put it."""
         self._entries += 1
         line.entry = self._entries
-        heap = self._busy if line.running else self._idle
+        heap = self._light if line.running < self._kept else self._busy
         if len(heap) > 2 * len(self._lines) + _SPARE_ENTRIES:
             heap[:] = [entry for entry in heap if entry[1] == entry[2].entry]
             heapq.heapify(heap)

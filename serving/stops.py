@@ -10,12 +10,13 @@ class StopStrings:
 
     Attributes:
         met: whether one was found; all further text is dropped.
-        passed: all text that was passed on.
+        passed: all text that was passed on, `passed_bytes` long in UTF-8.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
         self.met = False
         self._strings = tuple(strings)
+        self.passed_bytes = 0
         self._held = ""
         self._passed: list[str] = []
 
@@ -41,6 +42,7 @@ class StopStrings:
 
     def _pass(self, text: str) -> str:
         self._passed.append(text)
+        self.passed_bytes += len(text.encode())
         return text
 
     def _possible(self, text: str) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from cluster.harmony.bytelevel import token_bytes
 from cluster.harmony.conversation import Conversation, Message
 from cluster.harmony.developer import developer_text, system_text
 from cluster.harmony.encoder import Encoder
@@ -81,6 +82,10 @@ class Codec:
         """Text of `tokens`, control tokens by name; bytes that are no UTF-8 become U+FFFD."""
         return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for, which may be part of a letter; a control token's are its name's."""
+        return token_bytes(self.tokenizer)[token]
+
     def prompt(self, conversation: Conversation) -> list[int]:
         """What the model is given to complete: all turns, then `<|start|>assistant`.
 
@@ -125,6 +130,19 @@ class Codec:
         """Ends the message that a completion is in, and opens the final channel: the next token is the answer's."""
         start = (self.ids[END], self.ids[START], *self._header(("assistant",)))
         return [*start, *self._header((CHANNEL, "final")), self.ids[MESSAGE]]
+
+    def call_opening(self, recipient: str, *, started: bool) -> list[int]:
+        """The header of a call, after which come its arguments.
+
+        Args:
+            recipient: the tool's full name, or a namespace alone, whose tool the model then names and ends the header.
+            started: `<|start|>assistant` stands there already, as at a completion's beginning.
+        """
+        start = [] if started else [self.ids[START], *self._header(("assistant",))]
+        if "." not in recipient:
+            return [*start, *self._header((f" to={recipient}",))]
+        header = (f" to={recipient}", CHANNEL, "commentary", " ", CONSTRAIN, "json")
+        return [*start, *self._header(header), self.ids[MESSAGE]]
 
     def parse(self, completion: Iterable[int]) -> Reply:
         """A whole completion (what follows `<|start|>assistant`) as channels and outcome, whatever its tokens are.

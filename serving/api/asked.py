@@ -6,13 +6,15 @@ import asyncio
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.harmony import Codec, Conversation
+from cluster.harmony import Codec, Conversation, FunctionTool, Reply, ResponseFormat
 from cluster.languages import find_language
 from serving.api.errors import ApiError
+from serving.api.structured import fault_of_json
+from serving.api.tools import call_faults
+from serving.attempt import Wish
 from serving.config import OnFault, PolicyConfig, ServingConfig
 from serving.contract import ask_for_language
 from serving.engines.base import Sampling
-from serving.generation import Wish
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Asked:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    must_call: str | None = None
+    """full name of the tool that has to be called, `functions` for any"""
     language: str | None = None
     """tag or name of the language to think in"""
     on_malformed: OnFault | None = None
@@ -41,6 +45,28 @@ class Asked:
 
 
 DEFAULT_RESCUE_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Check:
+    """Holds a reply against the tools and the answer's form that were asked for."""
+
+    tools: tuple[FunctionTool, ...]
+    form: ResponseFormat | None
+
+    def calls(self, reply: Reply) -> list[dict[str, Any]]:
+        """What is wrong with its calls."""
+        return call_faults(reply, self.tools) if reply.tool_calls else []
+
+    def answer(self, reply: Reply) -> str | None:
+        """What keeps its answer from the form that was asked for; None where nothing does, or none was asked for."""
+        if self.form is None or (reply.tool_calls and not reply.final):
+            return None
+        return fault_of_json(reply.final, self.form.json_schema)
+
+    def __call__(self, reply: Reply) -> bool:
+        """Whether nothing is wrong."""
+        return not self.calls(reply) and self.answer(reply) is None
 
 
 async def wishes(asked: Asked, config: ServingConfig, codec: Codec) -> list[Wish]:
@@ -76,7 +102,15 @@ async def wishes(asked: Asked, config: ServingConfig, codec: Codec) -> list[Wish
         seed=asked.seed,
         logprobs=asked.logprobs,
     )
-    wish = Wish(prompt, sampling, language=tag, policy=_policy(asked, config.policy), stop=asked.stop)
+    wish = Wish(
+        prompt,
+        sampling,
+        language=tag,
+        policy=_policy(asked, config.policy),
+        stop=asked.stop,
+        must_call=asked.must_call,
+        check=Check(conversation.tools, conversation.response_format),
+    )
     return [
         wish if asked.seed is None else replace(wish, sampling=replace(sampling, seed=asked.seed + place))
         for place in range(asked.choices)

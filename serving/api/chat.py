@@ -13,10 +13,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.harmony import Codec, Delta, ParsedCall
-from serving.api.asked import wishes
+from cluster.harmony import Codec, Delta, ParsedCall, Part
+from serving.api.asked import Check, wishes
 from serving.api.chat_schema import ChatRequest
+from serving.api.findings import findings
 from serving.api.http import event, merged
+from serving.attempt import DrawnToken
 from serving.config import ServingConfig
 from serving.engines.base import Engine
 from serving.generation import Generation
@@ -39,6 +41,13 @@ class ChatJob:
     id: str
     created: int
     model: str
+    check: Check
+    codec: Codec
+
+    @property
+    def shows_reasoning(self) -> bool:
+        """Whether the answer holds its thinking."""
+        return self.request.include_reasoning is not False
 
 
 async def prepare(request: ChatRequest, config: ServingConfig, codec: Codec, engine: Engine) -> ChatJob:
@@ -47,7 +56,8 @@ async def prepare(request: ChatRequest, config: ServingConfig, codec: Codec, eng
     Raises:
         ApiError: as `wishes`.
     """
-    wanted = await wishes(request.to_asked(config.default_effort), config, codec)
+    asked = request.to_asked(config.default_effort)
+    wanted = await wishes(asked, config, codec)
     return ChatJob(
         request,
         choices=[Generation(engine, codec, wish) for wish in wanted],
@@ -55,6 +65,8 @@ async def prepare(request: ChatRequest, config: ServingConfig, codec: Codec, eng
         id=f"chatcmpl-{uuid.uuid4().hex}",
         created=int(time.time()),
         model=config.model.served_name,
+        check=Check(asked.conversation.tools, asked.conversation.response_format),
+        codec=codec,
     )
 
 
@@ -62,12 +74,12 @@ async def complete(job: ChatJob) -> dict[str, Any]:
     """The answer in one piece."""
     draws = [asyncio.create_task(_exhaust(choice)) for choice in job.choices]
     try:
-        await asyncio.gather(*draws)
+        drawn = await asyncio.gather(*draws)
     finally:
         for draw in draws:
             draw.cancel()
         await asyncio.gather(*draws, return_exceptions=True)
-    choices = [_choice(job, index) for index in range(len(job.choices))]
+    choices = [_choice(job, index, tokens) for index, tokens in enumerate(drawn)]
     return {**_envelope(job, "chat.completion"), "choices": choices, "usage": _usage(job)}
 
 
@@ -80,10 +92,12 @@ async def stream(job: ChatJob) -> AsyncGenerator[str, None]:
         yield event({**_envelope(job, "chat.completion.chunk"), "choices": [], "usage": _usage(job)})
 
 
-async def _exhaust(choice: Generation) -> None:
+async def _exhaust(choice: Generation) -> list[DrawnToken]:
+    drawn: list[DrawnToken] = []
     async with aclosing(choice.stream()) as steps:
-        async for _ in steps:
-            pass
+        async for step in steps:
+            drawn += step.drawn
+    return drawn
 
 
 async def _chunks(job: ChatJob, index: int) -> AsyncGenerator[dict[str, Any], None]:
@@ -102,22 +116,47 @@ async def _chunks(job: ChatJob, index: int) -> AsyncGenerator[dict[str, Any], No
             if not opened:
                 yield chunk({"role": "assistant", "content": ""})
                 opened = True
+            told = {"logprobs": _logprobs(job, step.drawn)} if step.drawn else {}
             for delta in _joined(step.deltas):
                 if fields := _delta_fields(job, index, delta):
-                    yield chunk(fields)
-    yield chunk({}, **_ending(generation))
+                    yield chunk(fields, **told)
+                    told = {}
+            if told:
+                yield chunk({}, **told)
+    yield chunk({}, **_ending(job, generation))
 
 
-def _choice(job: ChatJob, index: int) -> dict[str, Any]:
+def _choice(job: ChatJob, index: int, drawn: Sequence[DrawnToken]) -> dict[str, Any]:
     generation = job.choices[index]
     reply = generation.reply
     message: dict[str, Any] = {"role": "assistant", "content": reply.final}
-    message |= {"reasoning": reply.analysis, "reasoning_content": reply.analysis}
+    if job.shows_reasoning:
+        message |= {"reasoning": reply.analysis, "reasoning_content": reply.analysis}
     if reply.commentary:
         message["commentary"] = reply.commentary
     if reply.tool_calls:
         message["tool_calls"] = [_tool_call(job, index, place, call) for place, call in enumerate(reply.tool_calls)]
-    return {"index": index, "message": message, "logprobs": None, **_ending(generation)}
+    logprobs = _logprobs(job, drawn) if job.request.logprobs else None
+    return {"index": index, "message": message, "logprobs": logprobs, **_ending(job, generation)}
+
+
+def _logprobs(job: ChatJob, drawn: Sequence[DrawnToken]) -> dict[str, Any]:
+    """Log-probabilities of the answer's tokens, and of the thinking's under a name that OpenAI does not have."""
+
+    def told(token: int, logprob: float) -> dict[str, Any]:
+        spelled = job.codec.token_bytes(token)
+        return {"token": spelled.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(spelled)}
+
+    def of(part: Part) -> list[dict[str, Any]]:
+        return [
+            told(token.token, token.logprob.logprob)
+            | {"top_logprobs": [told(other, logprob) for other, logprob in token.logprob.top]}
+            for token in drawn
+            if token.part == part
+        ]
+
+    thinking = {"reasoning": of("analysis")} if job.shows_reasoning else {}
+    return {"content": of("final"), "refusal": None, **thinking}
 
 
 def _joined(deltas: Sequence[Delta]) -> list[Delta]:
@@ -134,7 +173,8 @@ def _joined(deltas: Sequence[Delta]) -> list[Delta]:
 def _delta_fields(job: ChatJob, index: int, delta: Delta) -> dict[str, Any]:
     """Fields of a chunk's delta; a tool call's first, empty one carries its id and name."""
     if delta.call is None:
-        return dict.fromkeys(_FIELDS.get(delta.part, ()), delta.text)
+        hidden = delta.part == "analysis" and not job.shows_reasoning
+        return {} if hidden else dict.fromkeys(_FIELDS.get(delta.part, ()), delta.text)
     place = {"index": delta.call}
     if delta.text:
         return {"tool_calls": [{**place, "function": {"arguments": delta.text}}]}
@@ -148,17 +188,9 @@ def _tool_call(job: ChatJob, index: int, place: int, call: ParsedCall) -> dict[s
     return {"id": f"call_{job.id.removeprefix('chatcmpl-')}_{number}", "type": "function", "function": function}
 
 
-def _ending(generation: Generation) -> dict[str, Any]:
+def _ending(job: ChatJob, generation: Generation) -> dict[str, Any]:
     """What is known of a choice once it has ended."""
-    reply = generation.reply
-    ending: dict[str, Any] = {"finish_reason": generation.finish_reason, "outcome": reply.outcome.value}
-    if reply.unparsed:
-        ending["unparsed"] = reply.unparsed
-    if generation.rescued:
-        ending["rescued"] = True
-    if generation.attempts > 1:
-        ending |= {"attempts": generation.attempts, "prefilled": generation.prefilled}
-    return {**ending, "reasoning_language": generation.language.model_dump(mode="json")}
+    return {"finish_reason": generation.finish_reason, **findings(generation, job.check)}
 
 
 def _envelope(job: ChatJob, kind: str) -> dict[str, Any]:

@@ -13,11 +13,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from cluster.harmony import Conversation, Effort, Message
+from cluster.harmony import Conversation, Effort, Message, ResponseFormat
+from cluster.harmony.conversation import ToolName
 from serving.api.asked import Asked
+from serving.api.errors import ApiError
 from serving.api.fields import ANY, Strict, drop_neutral
 from serving.api.handling import Asking
+from serving.api.structured import check_schema
+from serving.api.tools import Call, Calls, NamedTool, Tool, function_tools, must_call
 from serving.config import OnFault
+from serving.engines.base import MAXIMUM_LOGPROBS
 
 _NEUTRAL_REQUEST: dict[str, tuple[Any, ...]] = {
     "audio": (),
@@ -25,22 +30,16 @@ _NEUTRAL_REQUEST: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "metadata": (ANY,),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "presence_penalty": (0,),
     "prompt_cache_key": (ANY,),
     "prompt_cache_retention": (ANY,),
-    "response_format": ({"type": "text"},),
     "safety_identifier": (ANY,),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
     "user": (ANY,),
     "verbosity": ("medium",),
     "web_search_options": (),
@@ -53,7 +52,6 @@ _NEUTRAL_MESSAGE: dict[str, tuple[Any, ...]] = {
     "function_call": (),
     "name": (),
     "refusal": (),
-    "tool_calls": ([],),
 }
 
 
@@ -75,26 +73,89 @@ Content = Annotated[
 
 
 class ChatMessage(Strict):
-    """One turn. The thinking of past assistant turns is accepted and dropped: Harmony does not feed it back."""
+    """One turn, or a step of one.
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    The thinking that led to a call is fed back until the answer has come, and dropped after it, as Harmony has it.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
     commentary: str | None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
 
     @model_validator(mode="after")
-    def _only_assistants_reason(self) -> ChatMessage:
-        for name in ("reasoning", "reasoning_content", "commentary"):
+    def _fits_its_role(self) -> ChatMessage:
+        for name in ("reasoning", "reasoning_content", "commentary", "tool_calls"):
             if self.role != "assistant" and getattr(self, name) is not None:
                 raise PydanticCustomError("unsupported", "{name} belongs to assistant messages only", {"name": name})
+        if self.role != "tool" and self.tool_call_id is not None:
+            raise PydanticCustomError("unsupported", "{name} belongs to tool messages only", {"name": "tool_call_id"})
+        if self.role == "tool" and self.tool_call_id is None:
+            raise PydanticCustomError("required", "{name} is required", {"name": "tool_call_id"})
+        if self.content is None and not self.tool_calls:
+            raise PydanticCustomError("required", "{name} is required", {"name": "content"})
         return self
 
-    def to_message(self) -> Message:
-        """The turn as the codec takes it; parts of the content are joined without anything between them."""
-        content = self.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return Message(role=self.role, content=text)
+    @property
+    def text(self) -> str:
+        """The content; its parts are joined without anything between them."""
+        content = self.content or ""
+        return content if isinstance(content, str) else "".join(part.text for part in content)
+
+    def to_messages(self, calls: Calls, place: str) -> list[Message]:
+        """The turn as the codec takes it; `place` is where it stands in the request.
+
+        Raises:
+            ApiError: 400 for calls and results that do not go together.
+        """
+        if self.role == "tool":
+            assert self.tool_call_id is not None, "a tool message without an id is refused"
+            return [calls.answered(self.tool_call_id, self.text, f"{place}.tool_call_id")]
+        thinking = self.reasoning or self.reasoning_content
+        if self.tool_calls:
+            preamble = self.commentary or self.text
+            return calls.made(self.tool_calls, place, thinking=thinking, preamble=preamble)
+        return [Message(role=self.role, content=self.text, thinking=thinking)]
+
+
+class JsonSchema(Strict):
+    """A schema that the answer is to follow."""
+
+    name: ToolName
+    description: str | None = None
+    json_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+    """taken and of no effect: answers are always checked, and never decoded under a grammar"""
+
+
+class AnswerFormat(Strict):
+    """The form of the answer: free text, any JSON object, or JSON that follows a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> AnswerFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError("required", "{name} goes with type json_schema", {"name": "json_schema"})
+        return self
+
+    def to_response_format(self) -> ResponseFormat | None:
+        """As the codec writes it; None for free text.
+
+        Raises:
+            ApiError: 400 for a schema that cannot be used.
+        """
+        if self.type == "text":
+            return None
+        if self.json_schema is None:
+            return ResponseFormat(name="json_object", json_schema={"type": "object"})
+        given = self.json_schema
+        check_schema(given.json_schema or {}, "response_format.json_schema.schema")
+        return ResponseFormat(name=given.name, description=given.description or "", json_schema=given.json_schema or {})
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
@@ -139,6 +200,15 @@ class ChatRequest(Asking):
     on_wrong_language: OnFault | None = None
     retries: Annotated[int, Field(ge=0, le=8)] | None = None
     rescue: bool | None = None
+    include_reasoning: bool | None = None
+    """false leaves the thinking out of the answer; usage, outcome and language still tell of it"""
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    """taken and of no effect: a completion ends with its first call"""
+    response_format: AnswerFormat | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAXIMUM_LOGPROBS)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -146,12 +216,34 @@ class ChatRequest(Asking):
         return drop_neutral(value, _NEUTRAL_REQUEST)
 
     def to_asked(self, default_effort: Effort) -> Asked:
-        """The request in the endpoint's own terms; `max_completion_tokens` is the newer name and goes first."""
-        messages = tuple(message.to_message() for message in self.messages)
-        effort = self.reasoning_effort or default_effort
+        """The request in the endpoint's own terms; `max_completion_tokens` is the newer name and goes first.
+
+        Raises:
+            ApiError: 400 for tools, calls and schemas that cannot be used.
+        """
+        calls = Calls()
+        messages = [
+            turn
+            for number, message in enumerate(self.messages)
+            for turn in message.to_messages(calls, f"messages.{number}")
+        ]
+        functions = [tool.function for tool in self.tools or ()]
+        tools = function_tools(functions)
+        conversation = Conversation(
+            messages=tuple(messages),
+            # Without its tools the model does not know what it may not call.
+            tools=() if self.tool_choice == "none" else tools,
+            response_format=self.response_format.to_response_format() if self.response_format else None,
+            reasoning_effort=self.reasoning_effort or default_effort,
+        )
+        if self.top_logprobs and not self.logprobs:
+            message = "top_logprobs asks for nothing without logprobs: true"
+            raise ApiError(400, message, param="top_logprobs", code="invalid_value")
         return Asked(
             model=self.model,
-            conversation=Conversation(messages=messages, reasoning_effort=effort),
+            conversation=conversation,
+            must_call=must_call(self.tool_choice, functions),
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             choices=self.n or 1,
             output_tokens=self.max_completion_tokens or self.max_tokens,
             output_field="max_completion_tokens" if self.max_completion_tokens else "max_tokens",

@@ -19,7 +19,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-_KINDS = ("string", "parts", "one", "several")
+_KINDS = ("string", "parts", "one", "several", "literal['none','auto','required']", "NamedTool")
 """tags of unions, which stand in an error's place and are no fields"""
 _BY_TYPE = "type="
 """what the tags of unions begin with that `by_type` chooses from"""
@@ -78,11 +78,14 @@ def _to_api_error(error: ErrorDetails) -> ApiError:
     if kind == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {context['error']}", code="invalid_json")
     where = [str(part) for part in error["loc"] if part not in _KINDS and not str(part).startswith(_BY_TYPE)]
-    if kind == "unsupported":
+    if kind in ("unsupported", "required"):
         where.append(str(context["name"]))
     param = ".".join(where) or None
     if kind == "extra_forbidden":
         return ApiError(400, f"{param} is not a field of this request", param=param, code="unknown_parameter")
+    if kind == "required":
+        message = f"{param}: {error['msg']}" if "goes with" in error["msg"] else f"{param} is required"
+        return ApiError(400, message, param=param, code="missing_required_parameter")
     if kind == "missing":
         return ApiError(400, f"{param} is required", param=param, code="missing_required_parameter")
     if kind == "unsupported":

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.harmony import Codec, Delta
-from serving.api.asked import wishes
+from serving.api.asked import Check, wishes
 from serving.api.errors import ApiError, ToldError, to_api_error
+from serving.api.findings import findings
 from serving.api.http import event
 from serving.api.responses_output import Output
 from serving.api.responses_schema import ResponsesRequest
@@ -34,6 +35,8 @@ class ResponsesJob:
     model: str
     echo: dict[str, Any]
     """what the response repeats of the request"""
+    shows_reasoning: bool
+    check: Check
 
 
 async def prepare(request: ResponsesRequest, config: ServingConfig, codec: Codec, engine: Engine) -> ResponsesJob:
@@ -42,7 +45,8 @@ async def prepare(request: ResponsesRequest, config: ServingConfig, codec: Codec
     Raises:
         ApiError: as `ResponsesRequest.to_asked` and `wishes`.
     """
-    (wish,) = await wishes(request.to_asked(config.default_effort), config, codec)
+    asked = request.to_asked(config.default_effort)
+    (wish,) = await wishes(asked, config, codec)
     return ResponsesJob(
         choices=[Generation(engine, codec, wish)],
         prompt_tokens=len(wish.prompt),
@@ -50,6 +54,8 @@ async def prepare(request: ResponsesRequest, config: ServingConfig, codec: Codec
         created=int(time.time()),
         model=config.model.served_name,
         echo=request.echo(config.default_effort),
+        shows_reasoning=request.include_reasoning is not False,
+        check=Check(asked.conversation.tools, asked.conversation.response_format),
     )
 
 
@@ -60,7 +66,7 @@ async def complete(job: ResponsesJob) -> dict[str, Any]:
     async with aclosing(generation.stream()) as steps:
         async for step in steps:
             deltas += step.deltas
-    output = Output(job.id)
+    output = Output(job.id, shows_reasoning=job.shows_reasoning)
     for _ in output.take(deltas, generation.calls):
         pass
     for _ in _finish(output, generation):
@@ -84,7 +90,7 @@ async def stream(job: ResponsesJob) -> AsyncGenerator[str, None]:
 async def _events(job: ResponsesJob) -> AsyncGenerator[dict[str, Any], None]:
     """Data of the stream's events in order."""
     (generation,) = job.choices
-    output = Output(job.id)
+    output = Output(job.id, shows_reasoning=job.shows_reasoning)
     begun = False
     try:
         async with aclosing(generation.stream()) as steps:
@@ -125,7 +131,7 @@ def _ended(job: ResponsesJob, output: Output) -> dict[str, Any]:
         response = _response(job, "incomplete", output.items, incomplete_details=details)
     else:
         response = _response(job, "completed", output.items, completed_at=int(time.time()))
-    return {**response, "usage": _usage(job), **_findings(generation)}
+    return {**response, "usage": _usage(job), **findings(generation, job.check)}
 
 
 def _response(job: ResponsesJob, status: str, output: list[dict[str, Any]], **known: Any) -> dict[str, Any]:
@@ -133,19 +139,6 @@ def _response(job: ResponsesJob, status: str, output: list[dict[str, Any]], **kn
     unknown = {"completed_at": None, "error": None, "incomplete_details": None, "usage": None}
     head = {"id": job.id, "object": "response", "created_at": job.created, "status": status, "model": job.model}
     return {**head, "output": output, **job.echo, **unknown, **known}
-
-
-def _findings(generation: Generation) -> dict[str, Any]:
-    """What Raysoner adds: how the choice ended, text outside any channel, and what was done about faults."""
-    reply = generation.reply
-    found: dict[str, Any] = {"outcome": reply.outcome.value}
-    if reply.unparsed:
-        found["unparsed"] = reply.unparsed
-    if generation.rescued:
-        found["rescued"] = True
-    if generation.attempts > 1:
-        found |= {"attempts": generation.attempts, "prefilled": generation.prefilled}
-    return {**found, "reasoning_language": generation.language.model_dump(mode="json")}
 
 
 def _usage(job: ResponsesJob) -> dict[str, Any]:

@@ -11,11 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from cluster.harmony import Message, ToolCall
-from serving.api.errors import ApiError
+from cluster.harmony import Message
 from serving.api.fields import ANY, Strict, by_type, drop_neutral
+from serving.api.tools import CalledName, Calls
 
-_FUNCTIONS = "functions."
 _NEUTRAL_PART: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "logprobs": (ANY,),
@@ -93,8 +92,6 @@ class ReasoningItem(Strict):
 
 
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
-CallName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,118}$")]
-"""a function's name, or the full name of a tool that is no function, such as `browser.search`"""
 
 
 class CallItem(Strict):
@@ -102,13 +99,8 @@ class CallItem(Strict):
 
     type: Literal["function_call"]
     call_id: CallId
-    name: CallName
+    name: CalledName
     arguments: str
-
-    @property
-    def recipient(self) -> str:
-        """The tool's full name."""
-        return self.name if "." in self.name else _FUNCTIONS + self.name
 
 
 class ResultItem(Strict):
@@ -139,10 +131,10 @@ def to_messages(items: Sequence[Item]) -> tuple[Message, ...]:
     follows is left out. Which thinking the model reads again is for the codec: what stands after the last answer.
 
     Raises:
-        ApiError: 400 for a result that no call before it asked for, or that comes twice.
+        ApiError: 400 for calls and results that do not go together.
     """
     messages: list[Message] = []
-    calls: dict[str, CallItem] = {}
+    calls = Calls()
     thinking, preamble = "", ""
     for place, item in enumerate(items):
         if isinstance(item, ReasoningItem):
@@ -152,14 +144,10 @@ def to_messages(items: Sequence[Item]) -> tuple[Message, ...]:
             preamble += _text(item.content)
             continue
         if isinstance(item, CallItem):
-            calls[item.call_id] = item
-            call = ToolCall(recipient=item.recipient, arguments=item.arguments)
+            call = calls.opened(item.call_id, item.name, item.arguments, f"input.{place}.call_id")
             messages.append(Message(role="assistant", content=preamble, thinking=thinking or None, tool_call=call))
         elif isinstance(item, ResultItem):
-            answered = calls.pop(item.call_id, None)
-            if answered is None:
-                raise _unasked(place, item.call_id)
-            messages.append(Message(role="tool", content=_text(item.output), tool=answered.recipient))
+            messages.append(calls.answered(item.call_id, _text(item.output), f"input.{place}.call_id"))
         else:
             own = thinking if item.role == "assistant" else ""
             messages.append(Message(role=item.role, content=_text(item.content), thinking=own or None))
@@ -170,9 +158,3 @@ def to_messages(items: Sequence[Item]) -> tuple[Message, ...]:
 def _text(content: str | list[TextPart]) -> str:
     """Parts are joined without anything between them."""
     return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
-def _unasked(place: int, call_id: str) -> ApiError:
-    field = f"input.{place}.call_id"
-    message = f"{field}: no function_call before it has the call_id {call_id!r}, or its output was given already"
-    return ApiError(400, message, param=field, code="invalid_value")

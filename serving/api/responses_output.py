@@ -82,11 +82,12 @@ class _Item:
 class Output:
     """Puts together the items of one response. An event is its data, with its name as `type`."""
 
-    def __init__(self, response_id: str) -> None:
+    def __init__(self, response_id: str, *, shows_reasoning: bool = True) -> None:
         self.items: list[Data] = []
         """items that are done, in order"""
         self._response = response_id.removeprefix("resp_")
         self._open: _Item | None = None
+        self._hidden: tuple[Part, ...] = ("unparsed",) if shows_reasoning else ("unparsed", "analysis")
 
     def take(self, deltas: Iterable[Delta], calls: Sequence[ParsedCall]) -> Iterator[Data]:
         """Events of text that came at once: one for each stretch of it, not for each token.
@@ -97,7 +98,7 @@ class Output:
         """
         came: list[str] = []
         for delta in deltas:
-            if delta.part == "unparsed":
+            if delta.part in self._hidden:
                 continue
             if self._open is None or (delta.part, delta.call) != (self._open.part, self._open.place):
                 yield from self._tell(came)

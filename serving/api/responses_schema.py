@@ -18,7 +18,7 @@ from serving.api.asked import Asked
 from serving.api.fields import ANY, drop_neutral
 from serving.api.handling import Asking
 from serving.api.responses_items import Item, to_messages
-from serving.api.responses_options import FunctionItem, ReasoningOptions, TextOptions, ToolChoice, shown_tools
+from serving.api.responses_options import FunctionItem, ReasoningOptions, TextOptions, ToolChoice, offered
 from serving.config import OnFault
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -81,6 +81,7 @@ class ResponsesRequest(Asking):
     tools: list[FunctionItem] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    """taken and of no effect: a completion ends with its first call"""
     reasoning: ReasoningOptions | None = None
     text: TextOptions | None = None
     include: list[Includable] | None = None
@@ -94,6 +95,8 @@ class ResponsesRequest(Asking):
     on_wrong_language: OnFault | None = None
     retries: Annotated[int, Field(ge=0, le=8)] | None = None
     rescue: bool | None = None
+    include_reasoning: bool | None = None
+    """false leaves the thinking out of the response; usage, outcome and language still tell of it"""
 
     @model_validator(mode="before")
     @classmethod
@@ -110,15 +113,17 @@ class ResponsesRequest(Asking):
         """
         given = (Message(role="user", content=self.input),) if isinstance(self.input, str) else to_messages(self.input)
         first = () if self.instructions is None else (Message(role="developer", content=self.instructions),)
+        tools, must_call = offered(self.tools or (), self.tool_choice)
         conversation = Conversation(
             messages=first + given,
-            tools=tuple(tool.to_tool() for tool in shown_tools(self.tools or (), self.tool_choice)),
+            tools=tools,
             response_format=self.text.to_response_format() if self.text else None,
             reasoning_effort=self.effort(default_effort),
         )
         return Asked(
             model=self.model,
             conversation=conversation,
+            must_call=must_call,
             output_tokens=self.max_output_tokens,
             output_field="max_output_tokens",
             messages_field="input",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -66,8 +67,15 @@ class EngineStats:
     tokens_in_flight: int = 0
 
 
+DRAIN_POLL_SECONDS = 0.05
+"""how often a drain looks whether the last sequence has ended"""
+
+
 class Engine(ABC):
     """Generates tokens for many prompts at once."""
+
+    draining = False
+    """whether the engine takes no new requests, as `drain` left it"""
 
     @abstractmethod
     def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Batch, None]:
@@ -87,6 +95,26 @@ class Engine(ABC):
     @abstractmethod
     def stats(self) -> EngineStats:
         """What the engine is doing now."""
+
+    async def drain(self, seconds: float) -> bool:
+        """Takes no new requests from now on, and waits for those in progress; whether none is left after `seconds`.
+
+        A new request raises `EngineError`. Generations in progress are not touched, also when the time is up.
+        """
+        self.draining = True
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while (stats := self.stats()).running + stats.waiting:
+            left = end - loop.time()
+            if left <= 0:
+                return False
+            await asyncio.sleep(min(DRAIN_POLL_SECONDS, left))
+        return True
+
+    def refuse_when_draining(self) -> None:
+        """Raises `EngineError` once `drain` was called: for the first line of `generate`."""
+        if self.draining:
+            raise EngineError("the engine is drained and takes no new requests")
 
     @abstractmethod
     def stop(self) -> None:

@@ -58,22 +58,26 @@ def load_model(folder: str | Path, precision: Precision, device: str) -> GptOssF
     return model
 
 
-def check_files(folder: str | Path) -> Path:
+def check_files(folder: str | Path, *, with_adapter: bool = False) -> Path:
     """The folder, once every file and tensor of the gpt-oss checkpoint it should hold is there.
 
     Reads file headers only. A checkpoint that was not verified is taken as it is.
 
+    Args:
+        folder: the checkpoint.
+        with_adapter: whether the engine takes a base with its adapter beside it.
+
     Raises:
         CheckpointError: naming the first file or tensor that is not; or the checkpoint failed its verification, or its
-            adapter is not merged.
+            adapter is not merged and `with_adapter` is False.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"model.path {folder}: no such folder on this node; give that of a merged checkpoint")
-    if (folder / "adapter" / ADAPTER_SETTINGS).is_file():
+    if not with_adapter and (folder / "adapter" / ADAPTER_SETTINGS).is_file():
         raise CheckpointError(
             f"model.path {folder} is a base with its adapter beside it, and the weights alone would think as the base "
-            "does; merge the adapter with python -m training merge --format bf16"
+            "does; merge the adapter with python -m training merge --format bf16, or serve it with engine.kind vllm"
         )
     try:
         check_checkpoint(folder)

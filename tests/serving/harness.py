@@ -48,7 +48,7 @@ def serving_config(**sections: dict[str, Any]) -> ServingConfig:
     return ServingConfig.model_validate(small | sections)
 
 
-def application(engine: Engine, **sections: dict[str, Any]) -> FastAPI:
+def application(engine: Engine, /, **sections: dict[str, Any]) -> FastAPI:
     """The endpoint over `engine`."""
     return create_app(serving_config(**sections), CODEC, engine)
 

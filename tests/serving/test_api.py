@@ -35,7 +35,7 @@ def call_of(recipient: str, end: str = CALL) -> list[int]:
     return spell(f" to={recipient}", CHANNEL, "commentary ", CONSTRAIN, "json", MESSAGE, ARGUMENTS, end)
 
 
-def post(engine: ScriptedEngine, body: Any, **sections: Any) -> httpx.Response:
+def post(engine: ScriptedEngine, body: Any, /, **sections: Any) -> httpx.Response:
     async def call() -> httpx.Response:
         async with http_client(application(engine, **sections)) as http:
             content = body if isinstance(body, bytes) else json.dumps(body).encode()

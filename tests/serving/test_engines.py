@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from transformers import GptOssForCausalLM
 from serving.engines.base import CheckpointError, EngineError, Sampling
 from serving.engines.checkpoint import load_model
 from serving.engines.continuous import ContinuousEngine
+from tests.serving.engine_harness import endless, generate, greedy_alone, new_engine, prompt, sampling, until
 from tests.serving.harness import CODEC
 from tests.serving.tiny import save_tiny_checkpoint
 
@@ -39,56 +39,6 @@ def engine(folder: Path) -> Iterator[ContinuousEngine]:
     engine = new_engine(folder)
     yield engine
     engine.stop()
-
-
-def new_engine(folder: Path, **settings: int) -> ContinuousEngine:
-    defaults = {
-        "maximum_concurrent": 8,
-        "maximum_batch_tokens": 48,
-        "maximum_cached_tokens": 4096,
-        "longest_sequence": 2048,
-    }
-    return ContinuousEngine(load_model(folder, "fp32", "cpu"), **(defaults | settings))
-
-
-def sampling(tokens: int, temperature: float = 0.0, top_p: float = 1.0) -> Sampling:
-    return Sampling(tokens, CODEC.stop_tokens, temperature, top_p)
-
-
-def endless(tokens: int) -> Sampling:
-    return Sampling(tokens, (), 0.0)
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(0, 520, (length,), generator=torch.Generator().manual_seed(1000 * seed + length)).tolist()
-
-
-async def generate(engine: ContinuousEngine, tokens: list[int], sampling: Sampling) -> list[int]:
-    made: list[int] = []
-    async for batch in engine.generate(tokens, sampling):
-        assert batch.tokens
-        made += batch.tokens
-    return made
-
-
-def greedy_alone(model: GptOssForCausalLM, tokens: list[int], budget: int) -> list[int]:
-    ids = torch.tensor([tokens])
-    made: Any = model.generate(  # type: ignore[misc]
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=budget,
-        eos_token_id=list(CODEC.stop_tokens),
-    )
-    completion: list[int] = made[0, len(tokens) :].tolist()
-    return completion
-
-
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true in time"
-        await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize("length", [1, 30, 120])
@@ -204,7 +154,7 @@ def test_cancel_settles(engine: ContinuousEngine, tokens_first: int) -> None:
         async with aclosing(generator):
             if tokens_first:
                 async for batch in generator:
-                    seen += len(batch)
+                    seen += len(batch.tokens)
                     if seen >= tokens_first:
                         break
             else:
@@ -243,7 +193,7 @@ def test_dead_batching_thread_is_noticed(folder: Path, monkeypatch: pytest.Monke
         assert [type(result) for result in results] == [EngineError] * 3
         assert "the device is gone" in str(results[0])
         await until(lambda: not engine.healthy())
-        await until(lambda: engine._death is not None)
+        await until(lambda: engine._dispatcher.death is not None)
         with pytest.raises(EngineError, match="the device is gone"):
             await generate(engine, prompt(5), endless(4))
 

@@ -10,10 +10,11 @@ import pytest
 
 from cluster.harmony import CHANNEL, END, MESSAGE, RETURN, START
 from cluster.languages import CATALOGUE, detect_language, detection_candidates, opening
+from serving.attempt import Wish
 from serving.config import PolicyConfig
 from serving.engines.base import Sampling
 from serving.engines.scripted import ScriptedEngine
-from serving.generation import Generation, GenerationError, Wish
+from serving.generation import Generation, GenerationError
 from serving.stops import StopStrings
 from tests.serving.harness import CODEC, answer, channel, spell
 

@@ -43,7 +43,7 @@ def refused(body: Any, **sections: Any) -> tuple[int, dict[str, Any]]:
         (chat() | {"messages": ["hello"]}, 400, "messages.0", "invalid_value"),
         (chat() | {"messages": [USER] * 9}, 400, "messages", "invalid_value"),
         (chat() | {"messages": [{"role": "user"}]}, 400, "messages.0.content", "missing_required_parameter"),
-        (chat() | {"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role", "invalid_value"),
+        (chat() | {"messages": [{"role": "function", "content": "x"}]}, 400, "messages.0.role", "invalid_value"),
         (chat() | {"messages": [USER | {"content": 5}]}, 400, "messages.0.content", "invalid_value"),
         (chat() | {"messages": [USER | {"content": []}]}, 400, "messages.0.content", "invalid_value"),
         (
@@ -95,14 +95,9 @@ def test_unknown_language_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("name", "neutral", "asking"),
     [
-        ("tools", None, [{"type": "function", "function": {"name": "f"}}]),
-        ("tools", [], [{}]),
-        ("tool_choice", "auto", "required"),
-        ("logprobs", False, True),
         ("logit_bias", {}, {"5": 1}),
         ("presence_penalty", 0, 0.5),
         ("frequency_penalty", 0.0, -1),
-        ("response_format", {"type": "text"}, {"type": "json_object"}),
         ("store", False, True),
         ("modalities", ["text"], ["text", "audio"]),
     ],

@@ -1,0 +1,238 @@
+"""How many replicas there are: the policy as a function, and with Ray Serve following a load."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+
+from cluster.local import free_ports
+from serving.app import application, build
+from serving.autoscaling import REPORTED, Load, ScalingPolicy, Targets, load_of, wanted_replicas
+from tests.serving.harness import chat, events, serving_config
+from tests.serving.scripted_replica import ScriptedReplica
+
+TARGETS = Targets(tokens=1000, places=16, requests=8, queue_seconds=2.0)
+
+
+def report(
+    *, tokens: float = 0, waiting_tokens: float = 0, age: float = 0, running: float = 0, waiting: float = 0
+) -> Mapping[str, float]:
+    return dict(zip(REPORTED, (tokens, waiting_tokens, age, running, waiting), strict=True))
+
+
+IDLE = report()
+HALF = report(tokens=500, running=4)
+FULL = report(tokens=1000, running=8)
+QUEUEING = report(tokens=900, waiting_tokens=600, age=0.5, running=16, waiting=10)
+LATE = report(tokens=900, waiting_tokens=50, age=2.5, running=12, waiting=1)
+
+CASES: dict[str, tuple[Load, int]] = {
+    "nothing at all": (Load(0, 0), 0),
+    "a request comes to none": (Load(0, 0, requests=1, queued=1), 1),
+    "many come to none": (Load(0, 0, requests=500, queued=500), 1),
+    "the first has not reported": (Load(1, 1, requests=3), 1),
+    "the first has not reported and much waits": (Load(1, 1, requests=33, queued=17), 5),
+    "the first has not reported and nothing came": (Load(1, 1), 1),
+    "idle": (Load(2, 2, (IDLE, IDLE)), 0),
+    "idle, and Serve still counts a request": (Load(2, 2, (IDLE, IDLE), requests=0.2), 1),
+    "one request": (Load(1, 1, (report(tokens=10, running=1),), requests=1), 1),
+    "one request on three": (Load(3, 3, (report(tokens=10, running=1), IDLE, IDLE), requests=1), 1),
+    "as it should be": (Load(2, 2, (FULL, FULL), requests=16), 2),
+    "half of it": (Load(2, 2, (HALF, HALF), requests=8), 1),
+    "a little more than one carries": (Load(2, 2, (HALF, report(tokens=501, running=1)), requests=5), 2),
+    "waiting tokens count": (Load(1, 1, (QUEUEING,), requests=26), 2),
+    "places fill before tokens": (Load(1, 1, (report(tokens=100, running=16, waiting=20),), requests=36), 3),
+    "one waits too long": (Load(1, 1, (LATE,), requests=13), 2),
+    "one of several waits too long": (Load(3, 3, (LATE, IDLE, IDLE), requests=13), 4),
+    "the second is on its way": (Load(1, 2, (LATE,), requests=13), 2),
+    "a newcomer has not reported": (Load(2, 2, (FULL,), requests=8), 1),
+    "queued in the proxies, like those that run": (Load(1, 1, (FULL,), requests=24, queued=16), 3),
+    "queued in the proxies, unlike anything": (Load(1, 1, (IDLE,), requests=16, queued=16), 2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replicas_wanted(case: str) -> None:
+    load, wanted = CASES[case]
+    assert wanted_replicas(load, TARGETS) == wanted
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 7])
+def test_what_is_left_carries_what_there_is(replicas: int) -> None:
+    """Never fewer than hold all tokens and all requests within the targets; none only when nothing is in progress."""
+    for tokens in range(0, 9000, 250):
+        for running in (0, 1, 15, 16, 17, 60):
+            each = report(tokens=tokens / replicas, running=running / replicas)
+            wanted = wanted_replicas(Load(replicas, replicas, (each,) * replicas, requests=running), TARGETS)
+            assert wanted * TARGETS.tokens >= tokens
+            assert wanted * TARGETS.places >= running
+            assert (wanted == 0) == (tokens == running == 0)
+
+
+def test_serve_s_context_is_read() -> None:
+    """A replica that has not reported, and one that is leaving, do not count."""
+    figures = {name: {"a": float(place), "b": 1.0, "leaving": 99.0} for place, name in enumerate(REPORTED)}
+    context = SimpleNamespace(
+        running_replicas=["a", "b", "new"],
+        current_num_replicas=3,
+        target_num_replicas=4,
+        total_num_requests=7.5,
+        total_queued_requests=None,
+        aggregated_metrics=figures,
+    )
+    load = load_of(context)
+    assert load == Load(3, 4, load.reports, 7.5, 0.0)
+    assert [report["running"] for report in load.reports] == [float(REPORTED.index("running")), 1.0]
+    policy = ScalingPolicy(tokens=1000, places=1, requests=8, queue_seconds=100)
+    assert policy(context) == (9, {})
+    context.aggregated_metrics = None
+    assert load_of(context).reports == ()
+
+
+def test_settings_reach_serve() -> None:
+    config = serving_config(
+        replicas={
+            "gpus": 0,
+            "minimum": 0,
+            "maximum": 5,
+            "target_ongoing_requests": 7.5,
+            "target_queue_seconds": 1.5,
+            "upscale_seconds": 3,
+            "downscale_seconds": 44,
+        }
+    )
+    scaling = build(config.model_dump(mode="json"))._bound_deployment._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.initial_replicas) == (0, 5, None)
+    assert (scaling.upscale_delay_s, scaling.downscale_delay_s) == (3, 44)
+    assert scaling.policy.policy_function == "serving.autoscaling.ScalingPolicy"
+    policy = scaling.policy.get_policy()(**scaling.policy.policy_kwargs)
+    assert policy.targets.__dict__ == {"tokens": 1024, "places": 16, "requests": 7.5, "queue_seconds": 1.5}
+
+
+LOADS = """
+import sys
+sys.path = [entry for entry in sys.path if entry not in ("", {root!r})]
+sys.modules["serving"] = None  # whoever imports the project now fails
+import ray.cloudpickle
+from types import SimpleNamespace
+policy = ray.cloudpickle.loads(open(sys.argv[1], "rb").read())
+context = SimpleNamespace(running_replicas=[], current_num_replicas=0, target_num_replicas=0, total_num_requests=1,
+                          total_queued_requests=1, aggregated_metrics=None)
+print(policy(tokens=10, places=1, requests=1, queue_seconds=1)(context))
+"""
+
+
+def test_a_controller_without_the_project_can_load_the_policy(tmp_path: Path) -> None:
+    """On a cluster the project comes with the job, and Serve's controller is none of its processes."""
+    scaling = build(serving_config().model_dump(mode="json"))._bound_deployment._deployment_config.autoscaling_config
+    pickled = tmp_path / "policy.pickle"
+    pickled.write_bytes(scaling.policy.get_serialized_policy_def())
+    script = tmp_path / "load.py"
+    script.write_text(LOADS.format(root=str(Path.cwd())), encoding="utf-8")
+    done = subprocess.run([sys.executable, script, pickled], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.stdout, done.returncode) == ("(1, {})\n", 0), done.stderr
+
+
+SCALED = {
+    "replicas": {
+        "gpus": 0,
+        "minimum": 0,
+        "maximum": 2,
+        "target_queue_seconds": 0.5,
+        "upscale_seconds": 1,
+        "downscale_seconds": 3,
+        "graceful_shutdown_seconds": 60,
+        "target_ongoing_requests": 4,
+    },
+    "engine": {
+        "maximum_output_tokens": 450,
+        "default_output_tokens": 300,
+        "maximum_cached_tokens": 8192,
+        "maximum_concurrent": 4,
+    },
+}
+LONG = 450
+"""tokens of a stream that outlives the need for its replica"""
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    """An endpoint of scripted replicas, none of them running yet, on a Ray of this test's own."""
+    [port] = free_ports(1)
+    temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    ray.init(address="local", _temp_dir=temporary, num_cpus=3, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+        serve.run(application(serving_config(**SCALED), ScriptedReplica), name="scaled", route_prefix="/")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def states() -> dict[str, int]:
+    """Replicas by state, such as RUNNING and STOPPING."""
+    found: dict[str, int] = serve.status().applications["scaled"].deployments["replica"].replica_states
+    return {str(getattr(state, "value", state)): count for state, count in found.items() if count}
+
+
+def wait_for(reached: Callable[[], bool], what: str) -> float:
+    """Seconds until it was so."""
+    began = time.monotonic()
+    while not reached():
+        assert time.monotonic() - began < 120, f"{what}: {states()}"
+        time.sleep(0.1)
+    return time.monotonic() - began
+
+
+@pytest.mark.cluster
+def test_replicas_follow_the_load_from_none_to_two_and_back(url: str) -> None:
+    """No request fails on the way, and streams on a replica that has to go come to their end."""
+    assert states() == {}
+    over = threading.Event()
+
+    def keep_asking() -> list[int]:
+        statuses = []
+        while not over.is_set():
+            body = chat(max_completion_tokens=25)
+            statuses.append(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120).status_code)
+        return statuses
+
+    def stream() -> list[Any]:
+        body = chat(max_completion_tokens=LONG, stream=True, stream_options={"include_usage": True})
+        return events(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120).text)
+
+    with ThreadPoolExecutor(16) as pool:
+        try:
+            asking = [pool.submit(keep_asking) for _ in range(10)]
+            first = wait_for(lambda: states().get("RUNNING") == 1, "the first replica comes")
+            second = wait_for(lambda: states().get("RUNNING") == 2, "the second replica comes")
+            streams = [pool.submit(stream) for _ in range(4)]
+        finally:
+            over.set()
+        statuses = [status for each in asking for status in each.result()]
+        down = wait_for(lambda: states().get("RUNNING", 0) < 2, "one of them goes")
+        unfinished = sum(not each.done() for each in streams)
+        replies = [each.result() for each in streams]
+    gone = wait_for(lambda: states() == {}, "the last one goes")
+    print(f"0→1 {first:.1f} s, 1→2 {second:.1f} s, 2→1 {down:.1f} s with {unfinished} streams, 1→0 {gone:.1f} s")
+    assert set(statuses) == {200}
+    for reply in replies:
+        assert reply[-1] == "[DONE]"
+        assert reply[-2]["usage"]["completion_tokens"] == LONG

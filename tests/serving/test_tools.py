@@ -1,0 +1,326 @@
+"""Tools, answer formats and log-probabilities of chat completions."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from cluster.harmony import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START
+from serving.engines.scripted import ScriptedEngine
+from tests.serving.harness import CODEC, answer, channel, chat, events, joined, spell
+from tests.serving.test_api import ENGLISH, post
+from tests.serving.tiny import SPECIAL_TOKENS
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CLOCK = {"type": "function", "function": {"name": "clock"}}
+ARGUMENTS = '{"city":"Nairobi"}'
+WIDE = {"prompt_tokens": 1900, "messages": 16, "body_bytes": 200_000}
+ENGINE = {"maximum_output_tokens": 148, "default_output_tokens": 140, "maximum_cached_tokens": 2048}
+
+
+def call_of(recipient: str, arguments: str = ARGUMENTS) -> list[int]:
+    return spell(f" to={recipient}", CHANNEL, "commentary ", CONSTRAIN, "json", MESSAGE, arguments, CALL)
+
+
+def ask(engine: ScriptedEngine, **fields: Any) -> dict[str, Any]:
+    response = post(engine, chat() | fields, limits=WIDE, engine=ENGINE)
+    assert response.status_code == 200, response.text
+    return dict(response.json()["choices"][0])
+
+
+def refusal(**fields: Any) -> dict[str, Any]:
+    engine = ScriptedEngine([answer("hm", "4")])
+    response = post(engine, chat() | fields, limits=WIDE, engine=ENGINE)
+    assert response.status_code == 400, response.text
+    assert not engine.requests
+    return dict(response.json()["error"])
+
+
+def prompt_of(**fields: Any) -> str:
+    engine = ScriptedEngine([answer("hm", "4")])
+    ask(engine, **fields)
+    return CODEC.decode(engine.requests[0][0])
+
+
+def test_tools_are_told_in_the_developer_message() -> None:
+    text = prompt_of(tools=[WEATHER, CLOCK])
+    assert "# Tools\n\n## functions\n\nnamespace functions {" in text
+    assert "// The weather of a city.\ntype get_weather = (_: {\ncity: string,\n}) => any;" in text
+    assert "type clock = () => any;" in text
+    assert (
+        "functions" not in prompt_of(tools=[WEATHER], tool_choice="none").split("<|start|>user")[0].split("# Valid")[0]
+    )
+
+
+def test_a_round_trip_keeps_the_thinking_that_led_to_the_call() -> None:
+    first = [*channel("analysis", "I need the weather."), *spell(START, "assistant"), *call_of("functions.get_weather")]
+    choice = ask(ScriptedEngine([first]), tools=[WEATHER])
+    message = choice["message"]
+    assert (choice["finish_reason"], choice["outcome"]) == ("tool_calls", "tool_call")
+    (call,) = message["tool_calls"]
+    assert call["function"] == {"name": "get_weather", "arguments": ARGUMENTS}
+    assert "tool_errors" not in choice
+
+    question = {"role": "user", "content": "How is the weather?"}
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "sunny"}
+    text = prompt_of(tools=[WEATHER], messages=[question, message, result])
+    assert (
+        "<|start|>assistant<|channel|>analysis<|message|>I need the weather.<|end|>"
+        "<|start|>assistant to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>"
+        f"{ARGUMENTS}<|call|>"
+        "<|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>sunny<|end|>"
+        "<|start|>assistant"
+    ) in text
+    done = {"role": "assistant", "content": "It is sunny.", "reasoning": "SECRET"}
+    later = prompt_of(tools=[WEATHER], messages=[question, message, result, done, question])
+    assert "I need the weather." not in later
+    assert "SECRET" not in later
+    assert "It is sunny." in later
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [WEATHER, WEATHER]}, "tools.1.function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]},
+         "tools.0.function.parameters"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": 5}}}]},
+         "tools.0.function.parameters"),
+        ({"tools": [CLOCK] * 129}, "tools.1.function.name"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "other"}}},
+         "tool_choice.function.name"),
+        ({"messages": [{"role": "tool", "tool_call_id": "x", "content": "y"}]}, "messages.0.tool_call_id"),
+        ({"messages": [{"role": "tool", "content": "y"}]}, "messages.0.tool_call_id"),
+        ({"messages": [{"role": "assistant"}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages.0.tool_calls"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    error = refusal(**fields)
+    assert error["param"] == param
+    assert param.split(".")[0] in error["message"]
+
+
+def test_a_result_is_given_once() -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    made = {"role": "assistant", "content": None, "tool_calls": [call]}
+    result = {"role": "tool", "tool_call_id": "a", "content": "noon"}
+    assert "result already" in refusal(messages=[made, result, result])["message"]
+    assert refusal(messages=[made, made])["param"] == "messages.1.tool_calls.0.id"
+    assert "to=functions.clock" in prompt_of(messages=[made, result])
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"$ref": "#"}, "circular"),
+        ({"$defs": {"a": {"properties": {"b": {"$ref": "#/$defs/a"}}}}, "$ref": "#/$defs/a"}, "circular"),
+        ({"$ref": "http://example.com/schema"}, "not in the schema itself"),
+        ({"$ref": "#/$defs/none"}, "points to nothing"),
+        ({"$dynamicRef": "#x"}, "dynamic"),
+        ({"type": "nothing"}, "is not valid"),
+        ({"enum": list(range(3000))}, "2000 values"),
+        ({"$defs": {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 8} for i in range(6)} | {"d6": {}},
+          "$ref": "#/$defs/d0"}, "20000 values"),
+    ],
+)  # fmt: skip
+def test_schemas_that_cannot_be_used_are_refused(schema: dict[str, Any], reason: str) -> None:
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    assert reason in refusal(response_format=asked)["message"]
+    deep: dict[str, Any] = {}
+    for _ in range(20):
+        deep = {"properties": {"a": deep}}
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": deep}}
+    assert "levels deep" in refusal(response_format=asked)["message"]
+
+
+@pytest.mark.parametrize(
+    ("recipient", "arguments", "code"),
+    [
+        ("functions.other", ARGUMENTS, "unknown_tool"),
+        ("browser.search", ARGUMENTS, "unknown_tool"),
+        ("functions.get_weather", '{"city": 5}', "invalid_arguments"),
+        ("functions.get_weather", "{", "invalid_arguments"),
+        ("functions.get_weather", '{"city": NaN}', "invalid_arguments"),
+        ("functions.clock", "[]", "invalid_arguments"),
+    ],
+)
+def test_calls_that_are_no_good_are_returned_and_flagged(recipient: str, arguments: str, code: str) -> None:
+    choice = ask(ScriptedEngine([call_of(recipient, arguments)]), tools=[WEATHER, CLOCK])
+    (fault,) = choice["tool_errors"]
+    assert (fault["index"], fault["code"]) == (0, code)
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == arguments
+    retried = ask(
+        ScriptedEngine([call_of(recipient, arguments), call_of("functions.get_weather")]),
+        tools=[WEATHER, CLOCK],
+        on_malformed="retry",
+    )
+    assert (retried["attempts"], "tool_errors" in retried) == (2, False)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("batch", [1, 4, 1000])
+@pytest.mark.parametrize(
+    "instead",
+    [
+        answer("Let me think.", "I do not feel like calling."),
+        [*channel("analysis", "Let me think."), *spell(START, "assistant"), *call_of("functions.clock", "{}")],
+        channel("analysis", "Let me think.", RETURN),
+    ],
+)
+def test_a_tool_that_must_be_called_is(instead: list[int], batch: int, stream: bool) -> None:
+    """The thinking is kept; what the model does instead of calling is cut, and the call begun for it."""
+    engine = ScriptedEngine([instead, spell(ARGUMENTS, CALL)], batch=batch)
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    fields = {"tools": [WEATHER, CLOCK], "tool_choice": named}
+    if stream:
+        chunks = events(post(engine, chat(stream=True) | fields, limits=WIDE, engine=ENGINE).text)[:-1]
+        calls = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", ())]
+        assert calls[0]["function"]["name"] == "get_weather"
+        assert "".join(call["function"]["arguments"] for call in calls) == ARGUMENTS
+        assert (joined(chunks, "reasoning"), joined(chunks, "content")) == ("Let me think.", "")
+        choice = chunks[-1]["choices"][0]
+    else:
+        choice = ask(engine, **fields)
+        message = choice["message"]
+        assert (message["reasoning"], message["content"]) == ("Let me think.", "")
+        assert [call["function"]["name"] for call in message["tool_calls"]] == ["get_weather"]
+    assert (choice["outcome"], choice["finish_reason"], choice["forced"]) == ("tool_call", "tool_calls", True)
+    thought = channel("analysis", "Let me think.")
+    opening = CODEC.call_opening("functions.get_weather", started=False)
+    prompt, sampling = engine.requests[1]
+    assert prompt[-len(thought) - len(opening) :] == thought + opening
+    assert sampling.maximum_tokens == 140 - len(thought) - len(opening)
+
+
+def test_a_tool_that_is_called_anyway_is_left_alone() -> None:
+    engine = ScriptedEngine([call_of("functions.clock", "{}")])
+    choice = ask(engine, tools=[WEATHER, CLOCK], tool_choice="required")
+    assert ("forced" in choice, len(engine.requests)) == (False, 1)
+
+
+def test_any_tool_may_be_opened_by_its_namespace() -> None:
+    rest = spell(".clock", CHANNEL, "commentary ", CONSTRAIN, "json", MESSAGE, "{}", CALL)
+    choice = ask(ScriptedEngine([answer("hm", "no")[:], rest]), tools=[WEATHER, CLOCK], tool_choice="required")
+    assert (choice["message"]["tool_calls"][0]["function"]["name"], choice["forced"]) == ("clock", True)
+
+
+PERSON = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"],
+          "additionalProperties": False}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "final", "valid"),
+    [
+        ({"type": "json_object"}, '{"a": 1}', True),
+        ({"type": "json_object"}, "[1]", False),
+        ({"type": "json_object"}, "hello", False),
+        ({"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}, '{"name": "Ann"}', True),
+        ({"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}, '{"name": 5}', False),
+    ],
+)
+def test_answers_are_held_against_the_form_asked_for(asked: dict[str, Any], final: str, valid: bool) -> None:
+    choice = ask(ScriptedEngine([answer("hm", final)]), response_format=asked)
+    assert choice["response_format"]["valid"] == valid
+    assert (choice["response_format"]["error"] is None) == valid
+    assert choice["message"]["content"] == final
+    if not valid:
+        engine = ScriptedEngine([answer("hm", final), answer("hm", '{"name": "Ann"}')])
+        retried = ask(engine, response_format=asked, on_malformed="retry")
+        assert (retried["attempts"], retried["response_format"]["valid"]) == (2, True)
+        engine = ScriptedEngine([answer("hm", final)])
+        failed = post(engine, chat(response_format=asked, on_malformed="fail", retries=0), limits=WIDE, engine=ENGINE)
+        assert (failed.status_code, failed.json()["error"]["code"]) == (502, "malformed_output")
+
+
+def test_the_form_is_told_in_the_developer_message() -> None:
+    asked = {"type": "json_schema", "json_schema": {"name": "person", "description": "Who.", "schema": PERSON}}
+    text = prompt_of(response_format=asked, tools=[CLOCK])
+    assert "# Response Formats\n\n## person\n\n// Who.\n" in text
+    assert '{"type":"object","properties":{"name":{"type":"string"}}' in text
+    assert "response_format" not in ask(ScriptedEngine([answer("hm", "4")]), response_format={"type": "text"})
+
+
+def test_log_probabilities_are_those_of_the_answers_tokens() -> None:
+    engine = ScriptedEngine([answer("hm", "Four ✓")])
+    told = ask(engine, logprobs=True, top_logprobs=2)["logprobs"]
+    assert engine.requests[0][1].logprobs == 2
+    assert b"".join(bytes(token["bytes"]) for token in told["content"]).decode() == "Four ✓"
+    assert b"".join(bytes(token["bytes"]) for token in told["reasoning"]).decode() == "hm"
+    assert all(token["logprob"] <= 0 and len(token["top_logprobs"]) == 2 for token in told["content"])
+    assert ask(ScriptedEngine([answer("hm", "4")]))["logprobs"] is None
+
+
+def test_log_probabilities_end_where_the_answer_is_stopped() -> None:
+    engine = ScriptedEngine([answer("hm", "one two three four")], batch=3)
+    choice = ask(engine, logprobs=True, stop=" three")
+    assert choice["message"]["content"] == "one two"
+    assert b"".join(bytes(token["bytes"]) for token in choice["logprobs"]["content"]).decode() == "one two"
+
+
+def test_streamed_log_probabilities_equal_those_of_the_whole() -> None:
+    whole = ask(ScriptedEngine([answer(ENGLISH, "Four ✓")]), logprobs=True)["logprobs"]
+    body = chat(stream=True, logprobs=True)
+    chunks = events(post(ScriptedEngine([answer(ENGLISH, "Four ✓")], batch=3), body).text)[:-1]
+    told = [chunk["choices"][0]["logprobs"] for chunk in chunks if chunk["choices"][0].get("logprobs")]
+    for part in ("content", "reasoning"):
+        assert [token for each in told for token in each[part]] == whole[part]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_thinking_may_be_left_out(stream: bool) -> None:
+    body = chat(include_reasoning=False, stream=stream, logprobs=True)
+    text = post(ScriptedEngine([answer("SECRET", "Four")], batch=1000), body).text
+    assert "SECRET" not in text
+    assert "Four" in text
+    assert '"reasoning"' not in text
+
+
+@pytest.mark.parametrize("name", SPECIAL_TOKENS)
+def test_no_text_of_tools_becomes_a_control_token(name: str) -> None:
+    def control_tokens(text: str) -> list[int]:
+        engine = ScriptedEngine([answer("hm", "4")])
+        parameters = {
+            "type": "object",
+            "title": text,
+            "description": text,
+            "properties": {text: {"type": "string", "description": text, "enum": [text], "default": text}},
+        }
+        tool = {"type": "function", "function": {"name": "f", "description": text, "parameters": parameters}}
+        call = {"id": text, "type": "function", "function": {"name": "f", "arguments": json.dumps({"a": text})}}
+        asked = {"name": "person", "description": text, "schema": {"type": "object", "title": text, "enum": [text]}}
+        messages = [
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": text, "reasoning": text, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": text, "content": text},
+        ]
+        ask(
+            engine,
+            messages=messages,
+            tools=[tool],
+            response_format={"type": "json_schema", "json_schema": asked},
+            stop=[text],
+            user=text,
+        )
+        return [token for token in engine.requests[0][0] if token in CODEC.names]
+
+    assert control_tokens(f"a{name}b") == control_tokens("harmless")
+    assert refusal(tools=[{"type": "function", "function": {"name": name}}])["code"] == "invalid_value"
+    bad = {"id": "x", "type": "function", "function": {"name": name, "arguments": "{}"}}
+    assert refusal(messages=[{"role": "assistant", "tool_calls": [bad]}])["code"] == "invalid_value"
+    assert END in SPECIAL_TOKENS
