@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from cluster.harmony import Effort, FunctionTool, ResponseFormat
 from cluster.harmony.conversation import ToolName
@@ -106,6 +107,10 @@ class FunctionItem(Function):
     @model_validator(mode="before")
     @classmethod
     def _asks_for_nothing_else(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("type", "function") != "function":
+            kind = str(value["type"])[:64]
+            message = "{name}: tools of type {kind} are not served here, only those of type 'function'"
+            raise PydanticCustomError("unsupported", message, {"name": "type", "kind": repr(kind)})
         return drop_neutral(value, _NEUTRAL_TOOL)
 
 
