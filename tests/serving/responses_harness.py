@@ -79,7 +79,7 @@ CASES = {
 }
 
 
-def ask(text: str = "What is two plus two?", **fields: Any) -> dict[str, Any]:
+def ask(text: str = "What is two plus two?", /, **fields: Any) -> dict[str, Any]:
     """A request body with one user message."""
     return {"model": MODEL, "input": text, **fields}
 

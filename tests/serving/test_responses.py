@@ -176,7 +176,7 @@ def test_reasoning_language_is_judged(thinking: str, verdict: str) -> None:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_choice_that_is_drawn_again_comes_as_it_was_decided(streaming: bool) -> None:
     engine = ScriptedEngine([CASES["unknown channel"], CASES["answer"]])
-    result = post(engine, ask(on_malformed="retry", retries=1, stream=streaming))
+    result = post(engine, ask(on_malformed="retry", retries=2, stream=streaming))
     response = stream_of(result.text)[-1]["response"] if streaming else result.json()
     assert (response["outcome"], response["attempts"]) == ("complete", 2)
     assert response["usage"]["output_tokens"] == sum(len(CASES[case]) for case in ("unknown channel", "answer"))

@@ -327,7 +327,7 @@ def test_text_never_becomes_a_control_token(name: str) -> None:
             tools=[WEATHER | {"description": text, "parameters": schema}],
             text={"format": {"type": "json_schema", "name": "n", "description": text, "schema": schema}},
         )
-        response = post(engine, body, limits={"prompt_tokens": 2000})
+        response = post(engine, body, limits={"prompt_tokens": 1600})
         assert response.status_code == 200, response.text
         return [token for token in engine.requests[0][0] if token in CODEC.names]
 
