@@ -127,8 +127,9 @@ Item = Annotated[
 def to_messages(items: Sequence[Item]) -> tuple[Message, ...]:
     """The turns as the codec takes them.
 
-    Thinking and preambles go to the call that follows them, thinking to an answer too; what nothing of the assistant's
-    follows is left out. Which thinking the model reads again is for the codec: what stands after the last answer.
+    Thinking goes to the call or the answer that follows it, a preamble to a call. Without one that follows they are
+    left out: Harmony's history has no place for them. Which thinking the model reads again is for the codec: what
+    stands after the last answer.
 
     Raises:
         ApiError: 400 for calls and results that do not go together.

@@ -271,6 +271,14 @@ def test_thinking_before_the_last_answer_is_dropped() -> None:
     assert "<|channel|>final<|message|>Sunny.<|end|>" in text
 
 
+def test_thinking_and_preambles_that_lead_to_nothing_are_left_out() -> None:
+    preamble = {"role": "assistant", "phase": "commentary", "content": "PREAMBLE"}
+    text = prompt_of(given_items(USER, THOUGHT, preamble, USER, CALL_ITEM, RESULT))
+    assert "SECRET" not in text
+    assert "PREAMBLE" not in text
+    assert "PREAMBLE" not in prompt_of(given_items(USER, preamble, {"role": "assistant", "content": "Four"}, USER))
+
+
 def test_results_find_their_calls_in_any_order() -> None:
     second = CALL_ITEM | {"call_id": "c2", "name": "browser.search"}
     output = [{"type": "input_text", "text": "two "}, {"type": "input_text", "text": "pages"}]

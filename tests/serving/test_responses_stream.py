@@ -103,6 +103,7 @@ def test_an_engine_that_dies_mid_stream_ends_in_a_failed_response(tokens: int) -
     assert failed["output"] == replayed(events)
     assert [item["status"] for item in failed["output"]][-1:] in ([], ["incomplete"])
     assert services.admission.running == 0
+    assert services.metrics.total("requests", status="503") == 1
 
 
 def test_a_client_that_leaves_ends_the_work() -> None:
