@@ -51,6 +51,7 @@ class ContinuousEngine(Engine):
                 f"= {longest_sequence}; lower one of them"
             )
         self.longest_sequence = longest_sequence
+        self._vocabulary = model.config.get_text_config().vocab_size
         self._manager = _manager(model, maximum_concurrent, maximum_batch_tokens, maximum_cached_tokens)
         self._manager.warmup()
         self._check_holds(maximum_cached_tokens)
@@ -63,6 +64,9 @@ class ContinuousEngine(Engine):
         self.refuse_when_draining()
         if not prompt:
             raise ValueError("a prompt has at least one token")
+        if min(prompt) < 0 or max(prompt) >= self._vocabulary:
+            # In the embedding it would end the batching thread, and all others with it.
+            raise ValueError(f"the prompt has a token outside the model's {self._vocabulary}")
         if len(prompt) + sampling.maximum_tokens > self.longest_sequence:
             raise ValueError(f"prompt and answer exceed the engine's {self.longest_sequence} tokens")
         stream = Stream(asyncio.get_running_loop(), len(prompt), Draw(sampling))

@@ -45,8 +45,9 @@ def cache_blocks(config: Any, concurrent: int, cached_tokens: int) -> int:
     """Blocks, each a page of every layer, in which the layers with full attention keep `cached_tokens` tokens and the
     others the windows of `concurrent` sequences; `config` is a `GptOssConfig`."""
     full, sliding = _layers(config)
+    window: int = config.sliding_window
     full_pages = math.ceil(cached_tokens / PAGE_TOKENS)
-    sliding_pages = concurrent * math.ceil(config.sliding_window / PAGE_TOKENS)
+    sliding_pages = concurrent * math.ceil(window / PAGE_TOKENS)
     return math.ceil((full_pages * full + sliding_pages * sliding) / (full + sliding))
 
 

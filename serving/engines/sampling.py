@@ -24,6 +24,8 @@ from serving.engines.base import Sampling, TokenLogprob
 
 GREEDY_BELOW = 1e-4
 """temperatures below this are argmax: dividing logits by less can overflow, and draws nothing else anyway"""
+HEAD_TOKENS = 1024
+"""likeliest tokens that are looked at for top-p, before a distribution so flat that it needs more is sorted whole"""
 _SEED_MASK = 2**63 - 1
 
 
@@ -59,8 +61,8 @@ class Sampler(ContinuousBatchingLogitsProcessor):
     """Turns logits into scores whose largest is the next token.
 
     Costs nothing for a row that is greedy and asks for no log-probabilities; a softmax and noise over the vocabulary
-    for a row that is drawn; a sort for one with top-p; a log-softmax, top-k and a copy to the host for one with
-    log-probabilities.
+    for a row that is drawn; a search of its head for one with top-p; a log-softmax, top-k and a copy to the host for
+    one with log-probabilities.
     """
 
     supported_kwargs: ClassVar[dict[str, type]] = {"draw": Draw}
@@ -130,12 +132,22 @@ def race(logits: torch.Tensor, draws: list[Draw], generator: torch.Generator) ->
 
 
 def nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """`probabilities` [R, V] with 0 for all but the fewest likeliest tokens that reach `top_p` [R] together."""
-    ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+    """`probabilities` [R, V] with 0 for all but the fewest likeliest tokens that reach `top_p` [R] together, and those
+    that are as likely as the last of these: which of equals comes first may depend on the rest of the batch."""
+    head = probabilities.topk(min(HEAD_TOKENS, probabilities.size(-1)), dim=-1).values
+    least = _least_kept(head, top_p)
+    flat = (head.sum(dim=-1) < top_p).nonzero().squeeze(-1)
+    if len(flat) and head.size(-1) < probabilities.size(-1):
+        least[flat] = _least_kept(probabilities[flat].sort(dim=-1, descending=True).values, top_p[flat])
+    return probabilities.masked_fill(probabilities < least, 0.0)
+
+
+def _least_kept(ordered: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """The smallest probability [R, 1] of those in `ordered` [R, N], the largest first, that reach `top_p` together."""
     before = ordered.cumsum(dim=-1).roll(1, dims=-1)
     before[:, 0] = -1.0  # the likeliest is always kept
-    dropped = before >= top_p.unsqueeze(-1)
-    return probabilities.masked_fill(dropped.scatter(-1, ids, dropped), 0.0)
+    kept = (before < top_p.unsqueeze(-1)).sum(dim=-1, keepdim=True)
+    return ordered.gather(-1, kept - 1)
 
 
 def sampler_processors() -> ContinuousBatchingLogitsProcessorList:

@@ -189,6 +189,9 @@ class VllmEngine(Engine):
             self._death = self._death or "vLLM's engine has died; its log has the cause"
             raise EngineError(self._death) from error
         except EngineGenerateError as error:
+            # Later versions wrap whatever is not an error of their own.
+            if isinstance(error.__cause__, ValueError):
+                raise error.__cause__ from error
             raise EngineError(f"vLLM failed on the request: {error.__cause__ or error!r}") from error
 
     def _check(self) -> None:

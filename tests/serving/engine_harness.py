@@ -62,7 +62,7 @@ def greedy_alone(model: GptOssForCausalLM, tokens: list[int], budget: int) -> li
     return completion
 
 
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "the condition did not come true in time"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -30,6 +31,7 @@ from tests.serving.tiny import save_tiny_checkpoint
 pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parents[2]
+IDLE_CONNECTIONS = 2000
 QUESTION = [{"role": "user", "content": "What is two plus two?"}]
 
 
@@ -132,6 +134,37 @@ def test_hanging_up_frees_the_replica(url: str, stream: bool) -> None:
     assert running(url) == 0
 
 
+def test_idle_connections_and_slow_readers_hold_nobody_up(url: str) -> None:
+    """Two thousand clients that say nothing, and four that do not read what they asked for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, IDLE_CONNECTIONS + 512)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    place = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+    sockets: list[socket.socket] = []
+    body = {"model": "tiny", "messages": QUESTION, "max_completion_tokens": 2000, "stream": True, "logprobs": True}
+    content = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+    try:
+        for _ in range(min(IDLE_CONNECTIONS, wanted - 512)):
+            sockets.append(socket.create_connection(place, timeout=30))
+        for _ in range(4):
+            slow = socket.socket()
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.settimeout(30)
+            slow.connect(place)
+            slow.sendall(head + content)
+            sockets.append(slow)
+        assert ask(url, 16).status_code == 200
+    finally:
+        for each in sockets:
+            each.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    end = time.monotonic() + 60
+    while running(url) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert running(url) == 0
+
+
 def command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     without = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.Popen(
@@ -165,22 +198,22 @@ def test_command_line_on_a_running_cluster(url: str, folder: Path) -> None:
     address = ray.get_runtime_context().gcs_address
     port = int(url.rsplit(":", 1)[1])
     wrong = command("deploy", *deploy_flags(folder, free_port()), RAY_ADDRESS=address)
-    _, err = wrong.communicate(timeout=180)
+    _, err = wrong.communicate(timeout=300)
     assert wrong.returncode == 2
     assert "already runs on another address" in err.splitlines()[-1]
 
     renamed = command("deploy", *deploy_flags(folder, port, **{"model.name": "renamed"}), RAY_ADDRESS=address)
-    out, err = renamed.communicate(timeout=120)
+    out, err = renamed.communicate(timeout=300)
     assert (renamed.returncode, out) == (0, f"tiny serves renamed at {url}/v1\n"), err
     assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "renamed"
     assert ask(url, 8, model="renamed").status_code == 200
 
     stop = ["stop", "--model.path", "any", "--endpoint.application", "tiny"]
     stopped = command(*stop, RAY_ADDRESS=address)
-    out, err = stopped.communicate(timeout=120)
+    out, err = stopped.communicate(timeout=300)
     assert (stopped.returncode, out) == (0, "tiny is gone\n"), err
     again = command(*stop, RAY_ADDRESS=address)
-    again.communicate(timeout=120)
+    again.communicate(timeout=300)
     assert again.returncode == 1
 
 
@@ -190,7 +223,7 @@ def test_taken_port_is_one_sentence(folder: Path) -> None:
         listener.listen()
         port = str(listener.getsockname()[1])
         run = command("deploy", "--model.path", str(folder), "--endpoint.port", port, "--replicas.gpus", "0")
-        out, err = run.communicate(timeout=180)
+        out, err = run.communicate(timeout=300)
     assert (run.returncode, out) == (2, "")
     assert err.splitlines()[-1].startswith(f"127.0.0.1:{port}: something listens there already; choose another")
 
@@ -203,12 +236,12 @@ def test_deploy_and_ask_from_the_command_line(folder: Path) -> None:
         assert server.stdout is not None
         assert server.stdout.readline() == f"tiny serves tiny at http://127.0.0.1:{port}/v1\n"
         client = command("ask", "What is two plus two?", "--url", f"http://127.0.0.1:{port}", "--language", "fr")
-        out, err = client.communicate(timeout=180)
+        out, err = client.communicate(timeout=300)
         assert client.returncode == 0, err
         assert "tokens," in out
     finally:
         server.send_signal(signal.SIGINT)
-        out, err = server.communicate(timeout=180)
+        out, err = server.communicate(timeout=300)
     assert server.returncode == 0, err
     with pytest.raises(httpx.TransportError):
         httpx.get(f"http://127.0.0.1:{port}/health")
@@ -218,6 +251,6 @@ def test_broken_checkpoint_is_one_sentence(folder: Path, tmp_path: Path) -> None
     broken = Path(shutil.copytree(folder, tmp_path / "broken"))
     (broken / "model.safetensors").unlink()
     run = command("deploy", "--model.path", str(broken), "--endpoint.port", str(free_port()), "--replicas.gpus", "0")
-    _, err = run.communicate(timeout=120)
+    _, err = run.communicate(timeout=300)
     assert run.returncode == 1
     assert err.splitlines()[-1].startswith(f"raysoner was not deployed: {broken} holds neither model.safetensors")

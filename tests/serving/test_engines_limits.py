@@ -37,9 +37,8 @@ def free_pages(engine: ContinuousEngine) -> int:
     processor = engine._manager.batch_processor
     assert processor is not None
     pool = processor.cache.pool
-    return sum(pool.blocks_per_sector[0] for _ in pool.free_sectors) + sum(
-        pool.count_free_blocks(index) for index in range(pool.num_allocators)
-    )
+    unassigned = int(pool.num_free_sectors * pool.blocks_per_sector[0])
+    return unassigned + sum(int(pool.count_free_blocks(index)) for index in range(pool.num_allocators))
 
 
 def test_cancelled_sequences_leave_the_batch_and_give_their_pages_back(engine: ContinuousEngine) -> None:
@@ -149,9 +148,13 @@ def test_drain_says_when_the_time_is_up(engine: ContinuousEngine) -> None:
     asyncio.run(run())
 
 
-def test_an_empty_prompt_is_refused(engine: ContinuousEngine) -> None:
+def test_prompts_that_no_model_can_read_are_refused(engine: ContinuousEngine) -> None:
     with pytest.raises(ValueError, match="at least one token"):
         asyncio.run(generate(engine, [], endless(4)))
+    for token in (-1, 600):
+        with pytest.raises(ValueError, match="outside the model's 600"):
+            asyncio.run(generate(engine, [5, token], endless(4)))
+    assert engine.healthy()
 
 
 def test_the_cache_is_as_large_as_was_counted(engine: ContinuousEngine) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import GptOssForCausalLM
+from transformers.generation.continuous_batching.requests import RequestState
 
 from serving.engines.base import MAXIMUM_LOGPROBS, Sampling, TokenLogprob
 from serving.engines.continuous import ContinuousEngine
-from serving.engines.sampling import Draw, Sampler, nucleus, race
+from serving.engines.sampling import HEAD_TOKENS, Draw, Sampler, nucleus, race
 from tests.serving.engine_harness import batches, generate, new_engine, prompt
 from tests.serving.harness import CODEC
 from tests.serving.tiny import save_tiny_checkpoint
@@ -92,6 +93,24 @@ def test_nucleus_keeps_the_fewest_that_reach_top_p() -> None:
     assert kept.tolist() == [[False, True, False], [False, True, True], [True, True, True], [False, False, True]]
 
 
+@pytest.mark.parametrize("width", [0.1, 6.0], ids=["flat", "peaked"])
+def test_nucleus_of_a_large_vocabulary(width: float) -> None:
+    """One that needs more than the head, and one that needs less, in one batch with other top-p."""
+    logits = torch.randn(4, HEAD_TOKENS * 4, generator=torch.Generator().manual_seed(2)) * width
+    probabilities = torch.softmax(logits, dim=-1)
+    top_p = [0.1, 0.5, 0.9, 0.999]
+    kept = nucleus(probabilities, torch.tensor(top_p)) > 0
+    for row, share in enumerate(top_p):
+        count, wanted = int(kept[row].sum()), int((expected(logits[row], 1.0, share) > 0).sum())
+        assert abs(count - wanted) <= 1 + wanted // 500, "other than rounding at the edge"
+        assert probabilities[row][kept[row]].min() > probabilities[row][~kept[row]].max()
+
+
+def test_nucleus_keeps_equals_of_the_last() -> None:
+    kept = nucleus(torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.5, 0.2, 0.2, 0.1]]), torch.tensor([0.3, 0.6])) > 0
+    assert kept.tolist() == [[True] * 4, [True, True, True, False]]
+
+
 def test_noise_never_chooses_what_cannot_be() -> None:
     """A vocabulary as large as gpt-oss's, where all but two tokens have no probability left."""
     logits = torch.full((50, 201_088), -1e4)
@@ -121,21 +140,32 @@ def test_a_seed_draws_the_same_alone_and_in_company(engine: ContinuousEngine) ->
     assert len(set(once)) > 10
 
 
-def test_a_request_that_is_put_back_goes_on_where_its_seed_was(folder: Path) -> None:
+def test_a_request_that_is_put_back_goes_on_where_its_seed_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache for fewer sequences than run: the library stops some, and reads them anew with what they have."""
     engine = new_engine(folder, maximum_cached_tokens=320, longest_sequence=320)
+    put_back: list[Draw] = []
+    restart = RequestState.create_equivalent_initial_request
 
-    async def run(company: int) -> list[int]:
-        asked = Sampling(200, (), 1.0, 1.0, seed=3, logprobs=1)
-        others = [generate(engine, prompt(90, i), seeded(i, 200)) for i in range(company)]
-        made, *_ = await asyncio.gather(batches(engine, prompt(90, 9), asked), *others)
+    def noted(state: RequestState) -> RequestState:
+        put_back.append(state.logit_processor_kwargs["draw"])
+        return restart(state)
+
+    monkeypatch.setattr(RequestState, "create_equivalent_initial_request", noted)
+
+    async def run(number: int) -> list[int]:
+        made = await batches(engine, prompt(90, number), Sampling(180, (), 1.0, 1.0, seed=number, logprobs=1))
         assert all(batch.logprobs and len(batch.logprobs) == len(batch.tokens) for batch in made)
         return [token for batch in made for token in batch.tokens]
 
+    async def together() -> list[list[int]]:
+        return list(await asyncio.gather(*(run(number) for number in range(3))))
+
     try:
-        alone = asyncio.run(run(0))
-        assert len(alone) == 200
-        assert asyncio.run(run(6)) == alone
+        alone = [asyncio.run(run(number)) for number in range(3)]
+        assert [len(tokens) for tokens in alone] == [180] * 3
+        assert not put_back
+        assert asyncio.run(together()) == alone
+        assert put_back
     finally:
         engine.stop()
 
@@ -174,14 +204,15 @@ def test_logprobs_are_the_models(
     """Those of a plain forward pass over the whole sequence, before temperature and top-p."""
 
     async def run() -> list[tuple[list[int], list[TokenLogprob]]]:
+        unasked = [asyncio.create_task(generate(engine, prompt(25, 2), seeded(None))) for _ in range(3)]
         asked = [Sampling(50, CODEC.stop_tokens, temperature, top_p, seed=4, logprobs=n) for n in (0, 3, 20)]
-        unasked = [generate(engine, prompt(25, 2), seeded(None)) for _ in range(3)]
-        made = await asyncio.gather(*(batches(engine, prompt(25), each) for each in asked), *unasked)
+        made = await asyncio.gather(*(batches(engine, prompt(25), each) for each in asked))
+        await asyncio.gather(*unasked)
         found = []
-        for each in made[:3]:
+        for each in made:
             assert all(batch.logprobs is not None and len(batch.logprobs) == len(batch.tokens) for batch in each)
             tokens = [token for batch in each for token in batch.tokens]
-            found.append((tokens, [entry for batch in each for entry in batch.logprobs]))
+            found.append((tokens, [entry for batch in each for entry in batch.logprobs or ()]))
         return found
 
     results = asyncio.run(run())
