@@ -12,11 +12,12 @@ from starlette.exceptions import HTTPException
 
 from cluster.harmony import Codec
 from serving.admission import DeadlineError, OverloadedError
-from serving.api import chat
+from serving.api import chat, responses
 from serving.api.chat_schema import ChatRequest
 from serving.api.errors import ApiError, to_api_error
 from serving.api.handling import Endpoint, answer
 from serving.api.openapi import describe
+from serving.api.responses_schema import ResponsesRequest
 from serving.config import ServingConfig
 from serving.engines.base import Engine, EngineError
 from serving.generation import GenerationError
@@ -38,6 +39,11 @@ def create_app(config: ServingConfig, codec: Codec, engine: Engine, services: Se
     async def chat_completions(request: Request) -> Response:
         """An answer in the form of OpenAI's chat completions."""
         return await answer(request, endpoint, ChatRequest, chat, DONE)
+
+    @app.post("/v1/responses")
+    async def create_response(request: Request) -> Response:
+        """An answer in the form of OpenAI's Responses interface."""
+        return await answer(request, endpoint, ResponsesRequest, responses, "")
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
@@ -70,7 +76,7 @@ def create_app(config: ServingConfig, codec: Codec, engine: Engine, services: Se
 
     for kind in (*TOLD, Exception):
         app.add_exception_handler(kind, _refuse)
-    describe(app, {"/v1/chat/completions": ChatRequest})
+    describe(app, {"/v1/chat/completions": ChatRequest, "/v1/responses": ResponsesRequest})
     return app
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from cluster.harmony import Codec, Delta, ParsedCall, Part
 from serving.api.asked import Check, wishes
 from serving.api.chat_schema import ChatRequest
+from serving.api.findings import findings
 from serving.api.http import event, merged
 from serving.attempt import DrawnToken
 from serving.config import ServingConfig
@@ -189,22 +190,7 @@ def _tool_call(job: ChatJob, index: int, place: int, call: ParsedCall) -> dict[s
 
 def _ending(job: ChatJob, generation: Generation) -> dict[str, Any]:
     """What is known of a choice once it has ended."""
-    reply = generation.reply
-    ending: dict[str, Any] = {"finish_reason": generation.finish_reason, "outcome": reply.outcome.value}
-    if reply.unparsed:
-        ending["unparsed"] = reply.unparsed
-    if faults := job.check.calls(reply):
-        ending["tool_errors"] = faults
-    if job.check.form is not None:
-        fault = job.check.answer(reply)
-        ending["response_format"] = {"valid": fault is None, "error": fault}
-    if generation.rescued:
-        ending["rescued"] = True
-    if generation.forced:
-        ending["forced"] = True
-    if generation.attempts > 1:
-        ending |= {"attempts": generation.attempts, "prefilled": generation.prefilled}
-    return {**ending, "reasoning_language": generation.language.model_dump(mode="json")}
+    return {"finish_reason": generation.finish_reason, **findings(generation, job.check)}
 
 
 def _envelope(job: ChatJob, kind: str) -> dict[str, Any]:

@@ -35,10 +35,20 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
 
+class ToldError(Exception):
+    """Ends a stream of events of which the last has told the client, in its interface's own form, what failed."""
+
+    def __init__(self, told: ApiError) -> None:
+        super().__init__(str(told))
+        self.told = told
+
+
 def to_api_error(error: Exception) -> ApiError:
     """What a client is told of an exception; a bug is logged, and told apart by nothing but its status."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ToldError):
+        return error.told
     if isinstance(error, InvalidKeyError):
         headers = {"WWW-Authenticate": "Bearer"}
         return ApiError(401, str(error), type="authentication_error", code="invalid_api_key", headers=headers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from serving.api.errors import ApiError
@@ -21,7 +21,27 @@ class Strict(BaseModel):
 
 _KINDS = ("string", "parts", "one", "several", "literal['none','auto','required']", "NamedTool")
 """tags of unions, which stand in an error's place and are no fields"""
+_BY_TYPE = "type="
+"""what the tags of unions begin with that `by_type` chooses from"""
 RequestT = TypeVar("RequestT", bound=Strict)
+
+
+def by_type(default: str = "", plain: str = "") -> Discriminator:
+    """Chooses a union's member by the field `type`, each member tagged `type=NAME`.
+
+    Args:
+        default: type of an object that names none.
+        plain: tag of the member that is no object.
+    """
+
+    def tag(value: Any) -> str:
+        if isinstance(value, dict):
+            return f"{_BY_TYPE}{value.get('type', default)}"
+        if isinstance(value, BaseModel):  # when a request is written back
+            return f"{_BY_TYPE}{getattr(value, 'type', default)}"
+        return plain or f"{_BY_TYPE}{default}"
+
+    return Discriminator(tag)
 
 
 def drop_neutral(value: Any, neutral: dict[str, tuple[Any, ...]]) -> Any:
@@ -57,7 +77,7 @@ def _to_api_error(error: ErrorDetails) -> ApiError:
     kind, context = error["type"], error.get("ctx", {})
     if kind == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {context['error']}", code="invalid_json")
-    where = [str(part) for part in error["loc"] if part not in _KINDS]
+    where = [str(part) for part in error["loc"] if part not in _KINDS and not str(part).startswith(_BY_TYPE)]
     if kind in ("unsupported", "required"):
         where.append(str(context["name"]))
     param = ".".join(where) or None
@@ -70,5 +90,16 @@ def _to_api_error(error: ErrorDetails) -> ApiError:
         return ApiError(400, f"{param} is required", param=param, code="missing_required_parameter")
     if kind == "unsupported":
         return ApiError(400, error["msg"], param=param, code="unsupported_parameter")
+    if kind == "union_tag_invalid":
+        return _unknown_type(".".join([*where, "type"]), context)
     reason = error["msg"].removeprefix("Input ")
     return ApiError(400, f"{param or 'the body'}: {reason}", param=param, code="invalid_value")
+
+
+def _unknown_type(param: str, context: dict[str, Any]) -> ApiError:
+    given = str(context["tag"]).removeprefix(_BY_TYPE)
+    if not given:
+        return ApiError(400, f"{param} is required", param=param, code="missing_required_parameter")
+    expected = [tag for tag in str(context["expected_tags"]).split(", ") if _BY_TYPE in tag]
+    options = " or ".join(expected).replace(_BY_TYPE, "")
+    return ApiError(400, f"{param}: should be {options}, got {given[:64]!r}", param=param, code="invalid_value")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
-from serving.api.errors import ApiError, to_api_error
+from serving.api.errors import ApiError, ToldError, to_api_error
 
 ResultT = TypeVar("ResultT")
 
@@ -36,7 +36,8 @@ async def event_stream(request: Request, events: AsyncGenerator[str, None], endi
     """Events as they come, then `ending`.
 
     The first is awaited before there is a response, so that what is refused until then has a status of its own. What
-    fails later can only be told in the stream, as an event with an error, and the stream then ends without `ending`.
+    fails later can only be told in the stream, as an event with an error unless it was told already (`ToldError`), and
+    the stream then ends without `ending`.
 
     Raises:
         ApiError: 499 when the client hangs up before the first event.
@@ -116,7 +117,10 @@ async def _rest(first: str, events: AsyncGenerator[str, None], ending: str) -> A
             yield first
             async for each in events:
                 yield each
-            yield ending
+            if ending:
+                yield ending
+        except ToldError:
+            return
         except Exception as error:
             yield event(to_api_error(error).body)
 

@@ -9,6 +9,7 @@ Reference: JSON Schema 2020-12.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,6 +42,8 @@ def check_schema(schema: dict[str, Any], field: str) -> None:
             raise _refused(field, f"{place}: schemas may be {MAXIMUM_DEPTH} levels deep")
         if number >= MAXIMUM_NODES:
             raise _refused(field, f"{field}: schemas may have {MAXIMUM_NODES} values")
+        if isinstance(node, int | float) and not abs(node) <= sys.float_info.max:
+            raise _refused(field, f"{place}: a number that JSON cannot spell, or too large")
         reference = node.get("$ref") if isinstance(node, dict) else None
         if isinstance(reference, str) and not reference.startswith("#"):
             raise _refused(field, f"{place}.$ref: {reference[:_SHOWN]!r} is not in the schema itself; write it out")

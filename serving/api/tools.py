@@ -47,10 +47,14 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
+CalledName = Annotated[Recipient, Field(max_length=128 - len(NAMESPACE) - 1)]
+"""a function's name, or the full one of a tool that is no function, such as `browser.search`"""
+
+
 class CalledFunction(Strict):
     """A call as the model made it."""
 
-    name: Recipient
+    name: CalledName
     arguments: str
 
 
@@ -127,12 +131,8 @@ class Calls:
         """
         messages = []
         for number, call in enumerate(calls):
-            if call.id in self._seen:
-                param = f"{place}.tool_calls.{number}.id"
-                raise ApiError(400, f"{param}: {call.id!r} is another call's id", param=param, code="invalid_value")
-            self._seen.add(call.id)
-            recipient = self._open[call.id] = full_name(call.function.name)
-            tool_call = ToolCall(recipient=recipient, arguments=call.function.arguments)
+            function = call.function
+            tool_call = self.opened(call.id, function.name, function.arguments, f"{place}.tool_calls.{number}.id")
             messages.append(
                 Message(
                     role="assistant",
@@ -142,6 +142,18 @@ class Calls:
                 )
             )
         return messages
+
+    def opened(self, call_id: str, name: str, arguments: str, param: str) -> ToolCall:
+        """A call as the model made it; `param` is the field of its id.
+
+        Raises:
+            ApiError: 400 for an id that another call has.
+        """
+        if call_id in self._seen:
+            raise ApiError(400, f"{param}: {call_id!r} is another call's id", param=param, code="invalid_value")
+        self._seen.add(call_id)
+        recipient = self._open[call_id] = full_name(name)
+        return ToolCall(recipient=recipient, arguments=arguments)
 
     def answered(self, call_id: str, text: str, param: str) -> Message:
         """A call's result as a message.

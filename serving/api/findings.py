@@ -1,0 +1,31 @@
+"""What Raysoner tells of a choice beside the answer, in every interface under the same names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serving.api.asked import Check
+from serving.generation import Generation
+
+
+def findings(generation: Generation, check: Check) -> dict[str, Any]:
+    """How a choice ended, text outside any channel, what is wrong with calls and answer, and what was done about it.
+
+    Fields that would tell of nothing are left out; `outcome` and `reasoning_language` always stand.
+    """
+    reply = generation.reply
+    found: dict[str, Any] = {"outcome": reply.outcome.value}
+    if reply.unparsed:
+        found["unparsed"] = reply.unparsed
+    if faults := check.calls(reply):
+        found["tool_errors"] = faults
+    if check.form is not None:
+        fault = check.answer(reply)
+        found["response_format"] = {"valid": fault is None, "error": fault}
+    if generation.rescued:
+        found["rescued"] = True
+    if generation.forced:
+        found["forced"] = True
+    if generation.attempts > 1:
+        found |= {"attempts": generation.attempts, "prefilled": generation.prefilled}
+    return {**found, "reasoning_language": generation.language.model_dump(mode="json")}
