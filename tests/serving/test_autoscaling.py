@@ -155,18 +155,18 @@ SCALED = {
         "maximum": 2,
         "target_queue_seconds": 0.5,
         "upscale_seconds": 1,
-        "downscale_seconds": 3,
+        "downscale_seconds": 1,
         "graceful_shutdown_seconds": 60,
         "target_ongoing_requests": 4,
     },
     "engine": {
-        "maximum_output_tokens": 450,
+        "maximum_output_tokens": 400,
         "default_output_tokens": 300,
         "maximum_cached_tokens": 8192,
         "maximum_concurrent": 4,
     },
 }
-LONG = 450
+LONG = 300
 """tokens of a stream that outlives the need for its replica"""
 
 

@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from cluster.config import ConfigError
-from cluster.local import free_ports
+from cluster.local import free_ports, stop_tree
 from serving.app import build
 from serving.autoscaling import REPORTED
 from serving.engines.base import EngineError, Sampling
@@ -37,9 +37,7 @@ USER_CLASS: Any = Replica.__mro__[1]
 def replica(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A replica over a scripted engine, not yet ready."""
     monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(replica_tag="tag"))
-    monkeypatch.setattr(
-        USER_CLASS, "load", lambda self: (ScriptedEngine([answer("a " * 20, "b")] * 3, pause=0.01), CODEC)
-    )
+    monkeypatch.setattr(USER_CLASS, "load", lambda _: (ScriptedEngine([answer("a " * 20, "b")] * 3, pause=0.01), CODEC))
     made = USER_CLASS(serving_config().model_dump(mode="json"))
     yield made
     made.__del__()
@@ -171,7 +169,7 @@ def test_sigterm_lets_streams_finish(tmp_path: Path) -> None:
         assert usage["usage"]["completion_tokens"] > 0
         out, err = server.communicate(timeout=180)
     finally:
-        server.kill() if server.poll() is None else None
+        stop_tree(server)
     assert server.returncode == 0, err
     assert "takes no more requests" in out
     with pytest.raises(httpx.TransportError):
