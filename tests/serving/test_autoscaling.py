@@ -148,7 +148,7 @@ def test_a_controller_without_the_project_can_load_the_policy(tmp_path: Path) ->
     assert (done.stdout, done.returncode) == ("(1, {})\n", 0), done.stderr
 
 
-SCALED = {
+SCALED: dict[str, dict[str, Any]] = {
     "replicas": {
         "gpus": 0,
         "minimum": 0,

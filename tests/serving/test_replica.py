@@ -149,11 +149,10 @@ def test_sigterm_lets_streams_finish(tmp_path: Path) -> None:
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
     )
     try:
         assert server.stdout is not None
-        assert server.stdout.readline() == f"raysoner serves tiny at http://127.0.0.1:{port}/v1\n"
+        assert server.stdout.readline().decode() == f"raysoner serves tiny at http://127.0.0.1:{port}/v1\n"
         body = chat(max_completion_tokens=2000, stream=True, temperature=0, stream_options={"include_usage": True})
 
         def stream() -> str:
@@ -171,6 +170,6 @@ def test_sigterm_lets_streams_finish(tmp_path: Path) -> None:
     finally:
         stop_tree(server)
     assert server.returncode == 0, err
-    assert "takes no more requests" in out
+    assert b"takes no more requests" in out
     with pytest.raises(httpx.TransportError):
         httpx.get(f"http://127.0.0.1:{port}/health")
