@@ -32,6 +32,13 @@ ROOT = Path(__file__).parents[2]
 USER_CLASS: Any = Replica.__mro__[1]
 """the class itself: what `serve.ingress` makes of it can only be built by Serve"""
 
+ENGINE = {
+    "maximum_concurrent": 8,
+    "maximum_output_tokens": 400,
+    "default_output_tokens": 300,
+    "maximum_cached_tokens": 10000,
+}
+
 
 @pytest.fixture
 def replica(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
@@ -116,7 +123,8 @@ def test_settings_reach_the_deployment() -> None:
             "target_ongoing_requests": 7.5,
             "maximum_ongoing_requests": 99,
             "graceful_shutdown_seconds": 321,
-        }
+        },
+        limits={"prompt_tokens": 600, "waiting_requests": 50},
     )
     deployment = build(config.model_dump(mode="json"))._bound_deployment
     options, settings = deployment.ray_actor_options, deployment._deployment_config
@@ -126,6 +134,20 @@ def test_settings_reach_the_deployment() -> None:
     assert (options["num_cpus"], options["num_gpus"]) == (3, 1)
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 5, 7.5)
     assert (settings.max_ongoing_requests, settings.graceful_shutdown_timeout_s) == (99, 321)
+    assert (settings.max_queued_requests, settings.backpressure_config.status_code) == (5 * 99, 429)
+
+
+def test_the_replica_refuses_before_a_proxy_queues() -> None:
+    """A line in a proxy has no turns: the flood would stand there before everybody."""
+    config = serving_config(engine=ENGINE, limits={"prompt_tokens": 600, "waiting_requests": 50})
+    settings = build(config.model_dump(mode="json"))._bound_deployment._deployment_config
+    assert settings.max_ongoing_requests == 2 * (8 + 50)
+    with pytest.raises(ValueError, match=r"must be more than engine\.maximum_concurrent \+ .* = 58"):
+        serving_config(
+            engine=ENGINE,
+            limits={"prompt_tokens": 600, "waiting_requests": 50},
+            replicas={"maximum_ongoing_requests": 58},
+        )
 
 
 @pytest.mark.cluster
