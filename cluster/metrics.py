@@ -7,6 +7,7 @@ histograms as `_bucket`, `_sum` and `_count`, with the tags given here beside Ra
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import threading
@@ -16,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
+
+_logger = logging.getLogger(__name__)
 
 RESEND_SECONDS = 5.0
 """Ray's agent drops a gauge 20 s after it was last set, which is less than many a line of a log or step takes"""
@@ -206,7 +209,8 @@ class Recorder:
         self._pending = _Pending()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
-        if _ray_runs():
+        self._reporting = _ray_runs()
+        if self._reporting:
             self._sent = _ray_metrics(prefix, metrics, dict(tags or {}))
             self._thread = threading.Thread(target=self._resend, args=(period,), name=f"{prefix}-metrics", daemon=True)
             self._thread.start()
@@ -221,7 +225,7 @@ class Recorder:
         if amount:
             with self._lock:
                 self._counts[key] += amount
-                if self._thread:
+                if self._reporting:
                     self._pending.counts[key] += amount
 
     def observe(self, name: str, value: float, **tags: str) -> None:
@@ -236,7 +240,7 @@ class Recorder:
             histogram = self._histograms.setdefault(key, _Histogram([0] * (len(buckets) + 1)))
             histogram.counts[bisect_left(buckets, value)] += 1
             histogram.total += value
-            if self._thread:
+            if self._reporting:
                 self._pending.values.append((key, value))
 
     def total(self, name: str, **tags: str) -> float:
@@ -274,8 +278,13 @@ class Recorder:
         while not ended:
             ended = self._closed.wait(period)
             if not _ray_runs():
-                return
-            self._send()
+                break
+            try:
+                self._send()
+            except Exception:
+                _logger.exception("what was counted since the last report did not reach Ray")
+        with self._lock:
+            self._reporting, self._pending = False, _Pending()
 
     def _send(self) -> None:
         with self._lock:

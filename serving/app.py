@@ -10,7 +10,7 @@ import warnings
 from typing import Any
 
 from ray import serve
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 
 from serving.autoscaling import ScalingPolicy
 from serving.config import ServingConfig
@@ -20,6 +20,9 @@ _REPORT_SECONDS = 2.0
 """how often proxies and replicas tell the controller their load"""
 _LOOK_BACK_SECONDS = 6.0
 """span whose mean the controller goes by"""
+
+_RETRY_SECONDS = 5.0
+"""when a proxy that holds too many requests asks for the next; replicas may be starting"""
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -38,7 +41,10 @@ def application(config: ServingConfig, replica: type[Any]) -> serve.Application:
         name="replica",
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
         autoscaling_config=scaling(config),
-        max_ongoing_requests=replicas.maximum_ongoing_requests,
+        max_ongoing_requests=config.maximum_ongoing_requests,
+        # Only while replicas start do requests queue in a proxy.
+        max_queued_requests=config.maximum_ongoing_requests * replicas.maximum,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=_RETRY_SECONDS),
         graceful_shutdown_timeout_s=replicas.graceful_shutdown_seconds,
     )
     deployment: serve.Deployment = deploy(replica)

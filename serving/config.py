@@ -106,8 +106,9 @@ class ReplicasConfig(Config):
     """how long a need for more replicas must last"""
     downscale_seconds: NonNegativeFloat = 300.0
     """how long a need for fewer must last"""
-    maximum_ongoing_requests: PositiveInt = 128
-    """requests one replica holds, waiting ones included; further ones queue in Serve's proxy"""
+    maximum_ongoing_requests: PositiveInt | None = None
+    """requests that Serve's proxies give one replica at a time; by default twice what may run and wait there, so that
+    the replica itself refuses what is too much, and none queues in a proxy, where all keys stand in one line"""
     graceful_shutdown_seconds: NonNegativeFloat = 600
     """how long a replica that is being removed may finish its requests; no less than the longest generation takes"""
 
@@ -152,6 +153,16 @@ class ServingConfig(Config):
         return self.replicas.target_tokens or max(1, self.engine.maximum_cached_tokens // 2)
 
     @property
+    def maximum_ongoing_requests(self) -> int:
+        """Requests that Serve's proxies give one replica at a time."""
+        return self.replicas.maximum_ongoing_requests or 2 * self._held_requests
+
+    @property
+    def _held_requests(self) -> int:
+        """Requests that run and wait in one replica."""
+        return self.engine.maximum_concurrent + self.limits.waiting_requests
+
+    @property
     def longest_sequence(self) -> int:
         """Tokens of the longest prompt and the longest answer together."""
         return self.limits.prompt_tokens + self.engine.maximum_output_tokens
@@ -170,9 +181,14 @@ class ServingConfig(Config):
             )
         if replicas.minimum > replicas.maximum:
             raise ValueError("replicas.minimum must not exceed replicas.maximum")
-        if replicas.maximum_ongoing_requests < max(engine.maximum_concurrent, replicas.target_ongoing_requests):
+        if self.maximum_ongoing_requests <= self._held_requests:
             raise ValueError(
-                "replicas.maximum_ongoing_requests must be at least engine.maximum_concurrent and "
-                "replicas.target_ongoing_requests, or a replica could never be full"
+                "replicas.maximum_ongoing_requests must be more than engine.maximum_concurrent + "
+                f"limits.waiting_requests = {self._held_requests}, or requests would queue in Serve's proxies"
+            )
+        if self.maximum_ongoing_requests < replicas.target_ongoing_requests:
+            raise ValueError(
+                "replicas.maximum_ongoing_requests must be at least replicas.target_ongoing_requests, or a replica "
+                "could never be full"
             )
         return self

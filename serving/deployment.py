@@ -10,9 +10,9 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import httpx
@@ -105,13 +105,12 @@ def _deploy_locally(config: ServingConfig) -> int:
         _require_resources(config.replicas)
         status = _run(config)
         if status == 0:
-            signal.signal(signal.SIGTERM, _terminate)
+            terminated = threading.Event()
+            signal.signal(signal.SIGTERM, lambda *_: terminated.set())
             print("Ctrl-C stops it", flush=True)
-            signal.pause()
+            terminated.wait()
+            _drain(config)
         return status
-    except _Terminated:
-        _drain(config)
-        return 0
     except KeyboardInterrupt:
         return 0
     finally:
@@ -119,19 +118,10 @@ def _deploy_locally(config: ServingConfig) -> int:
         ray.shutdown()
 
 
-class _Terminated(Exception):
-    """SIGTERM came."""
-
-
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise _Terminated
-
-
 def _drain(config: ServingConfig) -> None:
     """Takes the application off Serve, and waits for its requests as long as its replicas do."""
     name, seconds = config.endpoint.application, config.replicas.graceful_shutdown_seconds
     print(f"{name} takes no more requests and ends when its present ones are done; Ctrl-C ends it at once", flush=True)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     serve.delete(name, _blocking=False)
     end = time.monotonic() + seconds + _SERVE_SECONDS
     while name in serve.status().applications and time.monotonic() < end:

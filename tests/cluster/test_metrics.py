@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import ray.util.metrics
 
 from cluster.local import LocalRay
-from cluster.metrics import TRAINING, TRAINING_METRICS, Gauges
+from cluster.metrics import TRAINING, TRAINING_METRICS, Gauges, Metric, Recorder
 from tests.conftest import run_python
 
 PERIOD = 0.05
@@ -22,7 +23,7 @@ PERIOD = 0.05
 SENDS_AND_SCRAPES = """
 import time
 import httpx, ray
-from cluster.metrics import TRAINING, TRAINING_METRICS, Gauges
+from cluster.metrics import TRAINING, TRAINING_METRICS, Gauges, Metric, Recorder
 
 ray.init(logging_level="ERROR")
 url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
@@ -139,6 +140,104 @@ def test_the_module_needs_no_ray() -> None:
     code = "import sys, cluster.metrics; print('ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+class FakeMetric:
+    """In place of Ray's counters, histograms and gauges, keeping what they are told."""
+
+    def __init__(self, name: str, description: str, *more: Any) -> None:
+        self.description, self.more = description, more
+        self.default_tags: dict[str, str] = {}
+        self.told: list[tuple[float, dict[str, str] | None]] = []
+        TOLD[name] = self
+
+    def set_default_tags(self, tags: dict[str, str]) -> None:
+        self.default_tags = tags
+
+    def inc(self, value: float, tags: dict[str, str] | None = None) -> None:
+        self.told.append((value, tags))
+
+    observe = set = inc
+
+
+TOLD: dict[str, FakeMetric] = {}
+KINDS = {
+    "asked": Metric("counter", "questions", ("who",)),
+    "seconds": Metric("histogram", "how long, seconds", (), (1.0, 2.0)),
+    "now": Metric("gauge", "at the moment"),
+}
+
+
+@pytest.fixture
+def fake_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("Counter", "Histogram", "Gauge"):
+        monkeypatch.setattr(ray.util.metrics, kind, FakeMetric)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+
+
+def test_a_recorder_sends_sums_and_values_from_its_thread(fake_ray: None) -> None:
+    asked: list[str] = []
+
+    def gauges() -> dict[str, float]:
+        asked.append(threading.current_thread().name)
+        return {"now": math.nan if len(asked) == 1 else 3.0}
+
+    recorder = Recorder("test", KINDS, {"app": "x"}, gauges=gauges, period=60.0)
+    for _ in range(1000):
+        recorder.count("asked", who="a")
+    recorder.count("asked", 5, who="b")
+    recorder.count("asked", 0, who="c")
+    for seconds in (0.5, 1.0, 9.0):
+        recorder.observe("seconds", seconds)
+    assert not any(metric.told for metric in TOLD.values())
+    recorder.close()
+    recorder.close()
+    assert TOLD["test_asked"].told == [(1000, {"who": "a"}), (5, {"who": "b"})]
+    assert [value for value, _ in TOLD["test_seconds"].told] == [0.5, 1.0, 9.0]
+    assert TOLD["test_now"].told == []
+    assert (recorder.total("asked"), recorder.total("asked", who="b"), recorder.total("seconds")) == (1005, 5, 3)
+    assert asked == ["test-metrics"]
+    assert TOLD["test_asked"].more == (("app", "who"),)
+    assert TOLD["test_seconds"].more == ([1.0, 2.0], ("app",))
+    assert TOLD["test_asked"].default_tags == {"app": "x"}
+
+
+def test_a_recorder_repeats_gauges_and_sends_a_sum_once(fake_ray: None) -> None:
+    recorder = Recorder("test", KINDS, gauges=lambda: {"now": 3.0}, period=PERIOD)
+    recorder.count("asked", who="a")
+    wait_until(lambda: len(TOLD["test_now"].told) >= 3)
+    recorder.count("asked", who="a")
+    recorder.close()
+    assert sum(value for value, _ in TOLD["test_asked"].told) == 2
+    assert {value for value, _ in TOLD["test_now"].told} == {3.0}
+
+
+def test_a_recorder_s_thread_ends_with_ray(fake_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder("test", KINDS, period=PERIOD)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    assert recorder._thread is not None
+    wait_until(lambda: recorder._thread is None or not recorder._thread.is_alive())
+    recorder.count("asked", who="a")
+    recorder.observe("seconds", 1.0)
+    assert (recorder.total("asked"), recorder.total("seconds")) == (1, 1)
+    # Nothing is kept for a Ray that is gone.
+    assert not recorder._pending.counts
+    assert not recorder._pending.values
+
+
+def test_a_recorder_outlives_a_failure(fake_ray: None, caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[int] = []
+
+    def gauges() -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError("the queue is not there yet")
+        return {"now": 1.0}
+
+    recorder = Recorder("test", KINDS, gauges=gauges, period=PERIOD)
+    wait_until(lambda: bool(TOLD["test_now"].told))
+    recorder.close()
+    assert [record.message for record in caplog.records] == ["what was counted since the last report did not reach Ray"]
 
 
 @pytest.mark.cluster

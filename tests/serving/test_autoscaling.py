@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +25,7 @@ from ray.serve.config import HTTPOptions
 from cluster.local import free_ports
 from serving.app import application, build
 from serving.autoscaling import REPORTED, Load, ScalingPolicy, Targets, load_of, wanted_replicas
+from serving.keys import ApiKey, KeyFile, hash_of, new_key
 from tests.serving.harness import chat, events, serving_config
 from tests.serving.scripted_replica import ScriptedReplica
 
@@ -148,42 +151,46 @@ def test_a_controller_without_the_project_can_load_the_policy(tmp_path: Path) ->
     assert (done.stdout, done.returncode) == ("(1, {})\n", 0), done.stderr
 
 
-SCALED = {
+SCALED: dict[str, dict[str, Any]] = {
     "replicas": {
         "gpus": 0,
         "minimum": 0,
         "maximum": 2,
         "target_queue_seconds": 0.5,
         "upscale_seconds": 1,
-        "downscale_seconds": 3,
+        "downscale_seconds": 1,
         "graceful_shutdown_seconds": 60,
         "target_ongoing_requests": 4,
     },
     "engine": {
-        "maximum_output_tokens": 450,
+        "maximum_output_tokens": 400,
         "default_output_tokens": 300,
         "maximum_cached_tokens": 8192,
         "maximum_concurrent": 4,
     },
 }
-LONG = 450
+LONG = 300
 """tokens of a stream that outlives the need for its replica"""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """An endpoint of scripted replicas, none of them running yet, on a Ray of this test's own."""
+    """Ray Serve on a Ray of these tests' own; each test deploys what it needs."""
     [port] = free_ports(1)
     temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     ray.init(address="local", _temp_dir=temporary, num_cpus=3, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
-        serve.run(application(serving_config(**SCALED), ScriptedReplica), name="scaled", route_prefix="/")
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
         ray.shutdown()
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def deploy(**sections: dict[str, Any]) -> None:
+    """An application of scripted replicas, in place of what runs."""
+    serve.run(application(serving_config(**sections), ScriptedReplica), name="scaled", route_prefix="/")
 
 
 def states() -> dict[str, int]:
@@ -204,6 +211,7 @@ def wait_for(reached: Callable[[], bool], what: str) -> float:
 @pytest.mark.cluster
 def test_replicas_follow_the_load_from_none_to_two_and_back(url: str) -> None:
     """No request fails on the way, and streams on a replica that has to go come to their end."""
+    deploy(**SCALED)
     assert states() == {}
     over = threading.Event()
 
@@ -236,3 +244,77 @@ def test_replicas_follow_the_load_from_none_to_two_and_back(url: str) -> None:
     for reply in replies:
         assert reply[-1] == "[DONE]"
         assert reply[-2]["usage"]["completion_tokens"] == LONG
+
+
+@pytest.mark.cluster
+def test_a_flood_over_http_leaves_the_other_key_its_turn(url: str, tmp_path: Path) -> None:
+    """The same through proxy and replica: many clients of one key, and one of another that asks now and then.
+
+    The engine's pace is scripted, and the flood alone would keep everybody waiting for seconds.
+    """
+    path = tmp_path / "keys.json"
+    secrets = {name: new_key() for name in ("flood", "quiet")}
+    now = datetime.now(UTC)
+    KeyFile(keys=tuple(ApiKey(name=name, sha256=hash_of(key), created=now) for name, key in secrets.items())).write(
+        path
+    )
+    engine = {**SCALED["engine"], "maximum_concurrent": 8}
+    deploy(
+        engine=engine,
+        limits={"prompt_tokens": 600, "waiting_requests": 24},
+        security={"keys": str(path)},
+        replicas={"gpus": 0},
+    )
+    over = threading.Event()
+    addresses = {name: httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=120)
+                 for name, key in secrets.items()}  # fmt: skip
+
+    def first_token_seconds(name: str) -> float | None:
+        """None where the request was refused."""
+        began = time.monotonic()
+        body = chat(max_completion_tokens=50 if name == "flood" else 12, stream=True)
+        with addresses[name].stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.status_code == 429:
+                assert int(response.headers["retry-after"]) >= 1
+                return None
+            assert response.status_code == 200
+            pieces = response.iter_text()
+            next(pieces)
+            first = time.monotonic() - began
+            assert "".join(pieces).endswith("data: [DONE]\n\n")
+        return first
+
+    def flood() -> list[float | None]:
+        seconds = []
+        while not over.is_set():
+            seconds.append(first_token_seconds("flood"))
+            if seconds[-1] is None:
+                over.wait(0.5)
+        return seconds
+
+    def quiet() -> float:
+        seconds = []
+        for _ in range(12):
+            time.sleep(0.2)
+            seconds.append(first_token_seconds("quiet"))
+        assert None not in seconds
+        return statistics.median(each for each in seconds if each is not None)
+
+    assert httpx.get(f"{url}/v1/models", timeout=60).status_code == 401
+    alone = quiet()
+    with ThreadPoolExecutor(48) as pool:
+        try:
+            flooding = [pool.submit(flood) for _ in range(48)]
+            wait_for(lambda: httpx.get(f"{url}/health").json()["queue"]["waiting"] >= 20, "the flood waits")
+            beside = quiet()
+        finally:
+            over.set()
+        results = [seconds for each in flooding for seconds in each.result()]
+    waited = [seconds for seconds in results if seconds is not None]
+    flooded, refused = statistics.median(waited), results.count(None)
+    print(f"first token: quiet alone {alone:.3f} s, beside the flood {beside:.3f} s; flood {flooded:.3f} s")
+    print(f"{refused} of the flood's {len(results)} requests were refused")
+    assert refused > 0
+    assert beside < flooded / 4
+    for client in addresses.values():
+        client.close()

@@ -15,6 +15,7 @@ import pytest
 
 from cluster.config import ConfigError
 from serving import deployment
+from serving.config import ServingConfig
 from serving.keys import ANONYMOUS, InvalidKeyError, KeyFile, Keys, RateLimitError, hash_of
 from serving.keys_command import main
 from tests.serving.harness import serving_config
@@ -308,8 +309,8 @@ def test_a_loopback_address_needs_none(host: str, monkeypatch: pytest.MonkeyPatc
 def test_replicas_get_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.chdir(tmp_path)
-    deployed = []
-    monkeypatch.setattr(deployment, "_deploy_locally", lambda config: deployed.append(config) or 0)
+    deployed: list[ServingConfig] = []
+    monkeypatch.setattr(deployment, "_deploy_locally", deployed.append)
     deployment.deploy(serving_config(security={"keys": "keys.json"}))
     assert deployed[0].security.keys == str(tmp_path / "keys.json")
     assert deployed[0].model.path == str(tmp_path / "nowhere")

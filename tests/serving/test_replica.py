@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from cluster.config import ConfigError
-from cluster.local import free_ports
+from cluster.local import free_ports, stop_tree
 from serving.app import build
 from serving.autoscaling import REPORTED
 from serving.engines.base import EngineError, Sampling
@@ -32,14 +32,19 @@ ROOT = Path(__file__).parents[2]
 USER_CLASS: Any = Replica.__mro__[1]
 """the class itself: what `serve.ingress` makes of it can only be built by Serve"""
 
+ENGINE = {
+    "maximum_concurrent": 8,
+    "maximum_output_tokens": 400,
+    "default_output_tokens": 300,
+    "maximum_cached_tokens": 10000,
+}
+
 
 @pytest.fixture
 def replica(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A replica over a scripted engine, not yet ready."""
     monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(replica_tag="tag"))
-    monkeypatch.setattr(
-        USER_CLASS, "load", lambda self: (ScriptedEngine([answer("a " * 20, "b")] * 3, pause=0.01), CODEC)
-    )
+    monkeypatch.setattr(USER_CLASS, "load", lambda _: (ScriptedEngine([answer("a " * 20, "b")] * 3, pause=0.01), CODEC))
     made = USER_CLASS(serving_config().model_dump(mode="json"))
     yield made
     made.__del__()
@@ -118,7 +123,8 @@ def test_settings_reach_the_deployment() -> None:
             "target_ongoing_requests": 7.5,
             "maximum_ongoing_requests": 99,
             "graceful_shutdown_seconds": 321,
-        }
+        },
+        limits={"prompt_tokens": 600, "waiting_requests": 50},
     )
     deployment = build(config.model_dump(mode="json"))._bound_deployment
     options, settings = deployment.ray_actor_options, deployment._deployment_config
@@ -128,6 +134,20 @@ def test_settings_reach_the_deployment() -> None:
     assert (options["num_cpus"], options["num_gpus"]) == (3, 1)
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 5, 7.5)
     assert (settings.max_ongoing_requests, settings.graceful_shutdown_timeout_s) == (99, 321)
+    assert (settings.max_queued_requests, settings.backpressure_config.status_code) == (5 * 99, 429)
+
+
+def test_the_replica_refuses_before_a_proxy_queues() -> None:
+    """A line in a proxy has no turns: the flood would stand there before everybody."""
+    config = serving_config(engine=ENGINE, limits={"prompt_tokens": 600, "waiting_requests": 50})
+    settings = build(config.model_dump(mode="json"))._bound_deployment._deployment_config
+    assert settings.max_ongoing_requests == 2 * (8 + 50)
+    with pytest.raises(ValueError, match=r"must be more than engine\.maximum_concurrent \+ .* = 58"):
+        serving_config(
+            engine=ENGINE,
+            limits={"prompt_tokens": 600, "waiting_requests": 50},
+            replicas={"maximum_ongoing_requests": 58},
+        )
 
 
 @pytest.mark.cluster
@@ -151,11 +171,10 @@ def test_sigterm_lets_streams_finish(tmp_path: Path) -> None:
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
     )
     try:
         assert server.stdout is not None
-        assert server.stdout.readline() == f"raysoner serves tiny at http://127.0.0.1:{port}/v1\n"
+        assert server.stdout.readline().decode() == f"raysoner serves tiny at http://127.0.0.1:{port}/v1\n"
         body = chat(max_completion_tokens=2000, stream=True, temperature=0, stream_options={"include_usage": True})
 
         def stream() -> str:
@@ -171,8 +190,8 @@ def test_sigterm_lets_streams_finish(tmp_path: Path) -> None:
         assert usage["usage"]["completion_tokens"] > 0
         out, err = server.communicate(timeout=180)
     finally:
-        server.kill() if server.poll() is None else None
+        stop_tree(server)
     assert server.returncode == 0, err
-    assert "takes no more requests" in out
+    assert b"takes no more requests" in out
     with pytest.raises(httpx.TransportError):
         httpx.get(f"http://127.0.0.1:{port}/health")
