@@ -72,7 +72,7 @@ class Exchange:
 class Distribution(NamedTuple):
     """Figures of one latency over all requests, in seconds."""
 
-    count: int
+    measured: int
     mean: float
     p50: float
     p90: float
