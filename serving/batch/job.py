@@ -12,7 +12,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from cluster.harmony import Codec
 from cluster.storage import Storage, StorageError
 from serving.batch import inputs, outputs
 from serving.batch.inputs import Part
@@ -20,6 +19,7 @@ from serving.batch.outputs import Format
 from serving.batch.rows import Answering, Drawing, Row, answer_all
 from serving.config import ServingConfig
 from serving.engines.base import CheckpointError, Engine, EngineError
+from serving.replica import load_checkpoint
 
 PARTS_AT_A_TIME = 2
 """parts that an actor answers side by side: while the last rows of one end, the next keeps the engine busy"""
@@ -74,7 +74,7 @@ class Generator:
         self._places = asyncio.Semaphore(self.job.in_flight)
         self._engine: Engine | None = None
         try:
-            self._engine, codec = load_engine(self.job.config)
+            self._engine, codec = load_checkpoint(self.job.config)
         except (CheckpointError, EngineError, MemoryError) as error:
             self.failure = str(error)
             return
@@ -106,17 +106,6 @@ class Generator:
     def __del__(self) -> None:
         if self._engine is not None:
             self._engine.stop()
-
-
-def load_engine(config: ServingConfig) -> tuple[Engine, Codec]:
-    """The engine of a configuration, and the codec of its checkpoint.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be served as it lies.
-    """
-    from serving.replica import _load
-
-    return _load(config)
 
 
 def run(job: Job, parts: list[Part], actors: int) -> Stream[PartDone, None, None]:

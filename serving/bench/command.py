@@ -80,6 +80,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="longest time of a request (default: 600)",
     )
+    add(
+        "--completions",
+        action="store_true",
+        help="drive /v1/completions with the text of the last message, for models without a chat template",
+    )
     add("--seed", type=int, default=0, help="of arrivals and synthetic prompts (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the report there as JSON")
     add("--html", type=Path, metavar="FILE", help="write the report there as a page with plots")
@@ -108,7 +113,9 @@ def main(arguments: Sequence[str]) -> int:
     fields = request_fields(flags, model)
 
     def bodies(number: int) -> bytes:
-        return json.dumps({**fields, "messages": conversation(number)}, ensure_ascii=False).encode()
+        messages = conversation(number)
+        asked = {"prompt": messages[-1].get("content")} if flags.completions else {"messages": messages}
+        return json.dumps({**fields, **asked}, ensure_ascii=False).encode()
 
     plan = _plan(flags)
     load = new_load(plan)
@@ -147,7 +154,8 @@ def request_fields(flags: argparse.Namespace, model: str) -> dict[str, Any]:
 async def _run(load: Load, bodies: Bodies, url: str, headers: dict[str, str], flags: argparse.Namespace) -> float:
     """Warms up, runs the load with a line of progress; returns the processor seconds that the load took."""
     _allow_open_files()
-    async with Transport(url, headers, flags.timeout) as transport:
+    path = "/v1/completions" if flags.completions else "/v1/chat/completions"
+    async with Transport(url + path, headers, flags.timeout) as transport:
         if flags.warmup > 0:
             concurrency = min(flags.warmup, load.plan.concurrency or 8)
             first = replace(load.plan, rate=None, concurrency=concurrency, requests=flags.warmup, seconds=None)

@@ -40,13 +40,13 @@ class Transport:
     Connections are kept for later requests. An asynchronous context manager.
 
     Args:
-        url: of the endpoint, without `/v1`.
+        url: that requests are posted to.
         headers: of every request.
         timeout_seconds: of one request, from sending to the end of its stream.
     """
 
     def __init__(self, url: str, headers: dict[str, str], timeout_seconds: float) -> None:
-        self._url = f"{url}/v1/chat/completions"
+        self._url = url
         self._headers = {"Content-Type": "application/json", **headers}
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         self._session: aiohttp.ClientSession | None = None
@@ -139,7 +139,7 @@ def _note(chunk: Any, exchange: Exchange, now: float) -> bool:
     brings = finished = False
     for choice in chunk.get("choices") or ():
         delta = choice.get("delta") or {}
-        brings = brings or any(delta.get(name) for name in _TEXT_FIELDS)
+        brings = brings or bool(choice.get("text")) or any(delta.get(name) for name in _TEXT_FIELDS)
         finished = finished or choice.get("finish_reason") is not None
     if brings:
         exchange.receive(now)

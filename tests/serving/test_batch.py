@@ -20,11 +20,12 @@ from cluster.config import ConfigError
 from cluster.local import LocalRay, local_ray
 from cluster.storage import Storage
 from serving.__main__ import main
-from serving.batch import inputs, job, outputs
+from serving.batch import inputs, outputs
 from serving.batch.inputs import Line
 from serving.batch.rows import Answering, Drawing, Row, answer_all, row_seed
 from serving.engines.base import Batch, Engine, EngineError, EngineStats, Sampling
 from serving.engines.scripted import ScriptedEngine
+from serving.replica import load_checkpoint
 from tests.serving.harness import CODEC, answer, application, channel, chat, http_client, serving_config
 from tests.serving.tiny import save_tiny_checkpoint
 
@@ -363,7 +364,7 @@ def endpoint_answers(checkpoint: Path, texts: list[str], tokens: int) -> list[di
     """What the endpoint answers, greedily, over the same engine in this process."""
     overrides = {"model": {"path": str(checkpoint), "name": "tiny", "precision": "fp32"}}
     config = serving_config(**overrides)
-    engine, codec = job.load_engine(config)
+    engine, codec = load_checkpoint(config)
 
     async def ask() -> list[dict[str, Any]]:
         from serving.api.app import create_app
