@@ -120,7 +120,8 @@ def _chart(windows: Sequence[Window], lines: Sequence[_Line], title: str, label:
             f'<text x="{_LEFT - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{label(top * tick / _TICKS)}</text>'
         )
         x, _ = place(end * tick / _TICKS, 0).split(",")
-        parts.append(f'<text x="{x}" y="{_HEIGHT - 10}" text-anchor="middle">{end * tick / _TICKS:.4g} s</text>')
+        anchor = "end" if tick == _TICKS else "middle"
+        parts.append(f'<text x="{x}" y="{_HEIGHT - 10}" text-anchor="{anchor}">{end * tick / _TICKS:.3g} s</text>')
     for line in lines:
         parts.append(f'<path class="{line.colour}" d="{_path(windows, line, place)}"/>')
     keys = "".join(

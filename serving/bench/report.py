@@ -140,4 +140,6 @@ def latencies(summary: Summary) -> Table:
 def milliseconds(seconds: float) -> str:
     """`seconds` in milliseconds, with three digits where they are few."""
     value = seconds * 1000
+    if not value:
+        return "0"
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

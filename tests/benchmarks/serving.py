@@ -58,7 +58,8 @@ def main() -> int:
     gpu = _gpu()
     names = options.rows.split(",") if options.rows else list(GPU_ROWS if gpu else CPU_ROWS)
     unmeasured = False
-    for benchmark, (prompt, output) in SHAPES.items() if gpu else [("serving", SHAPES["serving"])]:
+    short = {"serving": (options.prompt_tokens, options.output_tokens)}
+    for benchmark, (prompt, output) in (SHAPES if gpu else short).items():
         if gpu and any(name in GPU_ROWS for name in names):
             _write_checkpoint(Path(options.checkpoint))
         rows = []
@@ -220,7 +221,7 @@ def _figures(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measure_offline(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """vLLM's own offline interface: all requests are there at the start, as many advance at a time as we have streams."""
+    """vLLM's own offline interface: all requests at the start, as many at a time as we have streams."""
     import random
 
     from vllm import LLM, SamplingParams
@@ -342,8 +343,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--checkpoint", default=str(CHECKPOINT), help="folder of random weights; made if not there")
     parser.add_argument("--out", default=str(RESULTS), help="folder of the result files (default: %(default)s)")
     parser.add_argument("--row", help=argparse.SUPPRESS)
-    parser.add_argument("--prompt-tokens", type=int, default=128, help=argparse.SUPPRESS)
-    parser.add_argument("--output-tokens", type=int, default=256, help=argparse.SUPPRESS)
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="on a CPU; a GPU measures both shapes")
+    parser.add_argument("--output-tokens", type=int, default=256, help="on a CPU (default: %(default)s)")
     return parser.parse_args()
 
 

@@ -20,7 +20,7 @@ from cluster.config import ConfigError
 from cluster.local import LocalRay, local_ray
 from cluster.storage import Storage
 from serving.__main__ import main
-from serving.batch import inputs, outputs
+from serving.batch import inputs, job, outputs
 from serving.batch.inputs import Line
 from serving.batch.rows import Answering, Drawing, Row, answer_all, row_seed
 from serving.engines.base import Batch, Engine, EngineError, EngineStats, Sampling
@@ -261,6 +261,25 @@ def test_parquet_and_jsonl_hold_the_same_rows(tmp_path: Path) -> None:
         )
 
 
+def test_an_actor_that_cannot_load_says_why(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "a"}])
+    config = serving_config(model={"path": str(tmp_path / "nothing"), "name": "tiny"})
+    wanted = job.Job(
+        config=config,
+        input=str(path),
+        output=str(tmp_path / "out"),
+        format="jsonl",
+        drawing=Drawing(),
+        in_flight=1,
+        strict=False,
+    )
+    actor = job.Generator(wanted.model_dump(mode="json"))
+    part = inputs.Part(file=0, name="in.jsonl", first=0, rows=1)
+    (done,) = asyncio.run(actor({"part": [part.model_dump_json()]}))["done"]
+    assert job.PartDone.model_validate_json(done).failure.startswith(f"model.path {tmp_path / 'nothing'}: no such")
+    assert not (tmp_path / "out").exists()
+
+
 def manifest(**changed: Any) -> outputs.Manifest:
     config = serving_config()
     found = outputs.Manifest(
@@ -440,9 +459,6 @@ def test_what_stops_a_batch_is_one_sentence(
     assert status == 0, err
     table = pyarrow.parquet.read_table(tmp_path / "out", schema=outputs.SCHEMA)
     assert table["id"].to_pylist() == [f"q{number}" for number in range(23)]
-    status, _, err = finish(start(prompts, tmp_path / "other", tmp_path / "nothing", ray_cluster))
-    assert status == 1
-    assert f"model.path {tmp_path / 'nothing'}: no such folder" in err.splitlines()[-1]
 
 
 @pytest.mark.cluster
