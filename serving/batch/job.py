@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from cluster.config import ConfigError
 from cluster.storage import Storage, StorageError
 from serving.batch import inputs, outputs
 from serving.batch.inputs import Part
@@ -67,15 +68,15 @@ class Generator:
     """
 
     def __init__(self, raw: dict[str, Any]) -> None:
+        self._engine: Engine | None = None
         self.job = Job.model_validate(raw)
         self.failure = ""
-        self.input, _ = inputs.open_input(self.job.input)
         self.output = Storage.at(self.job.output)
         self._places = asyncio.Semaphore(self.job.in_flight)
-        self._engine: Engine | None = None
         try:
+            self.input, _ = inputs.open_input(self.job.input)
             self._engine, codec = load_checkpoint(self.job.config)
-        except (CheckpointError, EngineError, MemoryError) as error:
+        except (CheckpointError, ConfigError, EngineError, MemoryError) as error:
             self.failure = str(error)
             return
         self._answering = Answering(self.job.config, self._engine, codec, self.job.drawing, strict=self.job.strict)
