@@ -224,7 +224,7 @@ def _measure_offline(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """vLLM's own offline interface: all requests at the start, as many at a time as we have streams."""
     import random
 
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
     longest = options.prompt_tokens + MARGIN_TOKENS + options.output_tokens
     engine = LLM(
