@@ -1,8 +1,7 @@
-"""python -m serving deploy | ask | stop"""
+"""python -m serving deploy | status | ask | chat | bench | batch | keys | stop"""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 
@@ -12,7 +11,16 @@ from serving.config import ServingConfig
 
 def main(arguments: Sequence[str]) -> int:
     """Runs one verb; returns the exit status: 0 done, 1 failed, 2 wrong usage."""
-    verbs: dict[str, Callable[[Sequence[str]], int]] = {"deploy": _deploy, "ask": _ask, "stop": _stop}
+    verbs: dict[str, Callable[[Sequence[str]], int]] = {
+        "deploy": _deploy,
+        "status": _status,
+        "ask": _ask,
+        "chat": _chat,
+        "bench": _bench,
+        "batch": _batch,
+        "keys": _keys,
+        "stop": _stop,
+    }
     if not arguments or arguments[0] not in verbs:
         wanted = arguments and arguments[0] in ("-h", "--help")
         print(_USAGE, file=sys.stdout if wanted else sys.stderr)
@@ -29,10 +37,15 @@ def main(arguments: Sequence[str]) -> int:
 _USAGE = """usage: python -m serving VERB ...
 
   deploy --config FILE [--dry-run]   serve a merged checkpoint on Ray
+  status [--url URL]                 health, models, replicas and queue of an endpoint
   ask QUESTION [--language fr]       ask an endpoint and print thinking and answer
+  chat [--url URL]                   hold a conversation with an endpoint
+  bench --url URL [--rate R]         put load on an endpoint and report latencies and throughput
+  batch IN OUT --config FILE         answer a file of prompts without an endpoint
+  keys ...                           make, list and revoke API keys
   stop --config FILE                 take the application off the cluster
 
-Each verb explains its flags with --help."""
+Each verb explains its flags with --help. OPENAI_API_KEY holds the API key for status, ask, chat and bench."""
 
 
 def _deploy(arguments: Sequence[str]) -> int:
@@ -64,22 +77,40 @@ def _stop(arguments: Sequence[str]) -> int:
     return deployment.stop(config)
 
 
-def _ask(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m serving ask", description="Asks an endpoint, and prints the thinking and the answer."
-    )
-    parser.add_argument("question")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="address of the endpoint (default: %(default)s)")
-    parser.add_argument("--model", help="model to ask; the endpoint's only one if not given")
-    parser.add_argument("--language", help="language of the thinking: a tag such as fr, or a name such as French")
-    parser.add_argument("--effort", choices=("low", "medium", "high"), help="how much to think")
-    parser.add_argument("--system", help="system message")
-    parser.add_argument("--temperature", type=float, help="0 always takes the most likely token")
-    parser.add_argument("--maximum-tokens", type=int, help="budget of thinking and answer together")
-    flags = parser.parse_args(list(arguments))
-    from serving import client
+def _status(arguments: Sequence[str]) -> int:
+    from serving import status
 
-    return client.ask(flags)
+    return status.main(arguments)
+
+
+def _ask(arguments: Sequence[str]) -> int:
+    from serving.client import ask
+
+    return ask.main(arguments)
+
+
+def _chat(arguments: Sequence[str]) -> int:
+    from serving.client import chat
+
+    return chat.main(arguments)
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    from serving.bench import command
+
+    return command.main(arguments)
+
+
+def _batch(arguments: Sequence[str]) -> int:
+    from serving.batch import command
+
+    return command.main(arguments)
+
+
+def _keys(arguments: Sequence[str]) -> int:
+    from serving import keys_command
+
+    return keys_command.main(arguments)
 
 
 if __name__ == "__main__":

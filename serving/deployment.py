@@ -60,7 +60,7 @@ def stop(config: ServingConfig) -> int:
     if "RAY_ADDRESS" not in os.environ:
         raise ConfigError("RAY_ADDRESS names no cluster; an endpoint on a local Ray ends with Ctrl-C where it runs")
     name = config.endpoint.application
-    _connect_to_cluster()
+    connect_to_cluster()
     try:
         if name not in serve.status().applications:
             print(f"no application {name} runs on this cluster", file=sys.stderr)
@@ -77,7 +77,7 @@ def stop(config: ServingConfig) -> int:
 
 
 def _deploy_on_cluster(config: ServingConfig) -> int:
-    _connect_to_cluster()
+    connect_to_cluster()
     try:
         if serve.status().proxies:
             _require_served(config.endpoint)
@@ -102,7 +102,7 @@ def _deploy_locally(config: ServingConfig) -> int:
         runtime_env={"env_vars": CALLBACK},
     )
     try:
-        _require_resources(config.replicas)
+        require_resources(config.replicas)
         status = _run(config)
         if status == 0:
             terminated = threading.Event()
@@ -128,7 +128,7 @@ def _drain(config: ServingConfig) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _connect_to_cluster() -> None:
+def connect_to_cluster() -> None:
     """Joins the cluster of RAY_ADDRESS, and brings along the two packages that its workers import."""
     packages = [str(Path(str(module.__file__)).parent) for module in (cluster, serving)]
     try:
@@ -219,7 +219,7 @@ def _require_served(endpoint: EndpointConfig) -> None:
         )
 
 
-def _require_resources(replicas: ReplicasConfig) -> None:
+def require_resources(replicas: ReplicasConfig) -> None:
     """Raises ConfigError if the first replica could never start here; a cluster may grow, a local Ray does not."""
     here: dict[str, Any] = ray.cluster_resources()
     for name, field, wanted in (("CPU", "cpus", replicas.cpus), ("GPU", "gpus", replicas.gpus)):

@@ -29,6 +29,7 @@ class ServingMetrics:
         *,
         period: float = RESEND_SECONDS,
     ) -> None:
+        self.replica = replica
         tags = {"application": application, "replica": replica}
         self.recorder = Recorder(SERVING, SERVING_METRICS, tags, gauges=gauges, period=period)
 

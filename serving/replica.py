@@ -42,7 +42,7 @@ class Replica:
 
     def load(self) -> tuple[Engine, Codec]:
         """The engine and the codec of the configured checkpoint."""
-        return _load(self.config)
+        return load_checkpoint(self.config)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         await warm_up(self.engine, self.codec)
@@ -87,7 +87,7 @@ async def warm_up(engine: Engine, codec: Codec) -> None:
         raise EngineError("the engine generated nothing when it was tried out; the log above may say why")
 
 
-def _load(config: ServingConfig) -> tuple[Engine, Codec]:
+def load_checkpoint(config: ServingConfig) -> tuple[Engine, Codec]:
     """The engine of a configuration, and the codec of its checkpoint."""
     from serving.engines.checkpoint import check_files
     from serving.engines.choice import choose_engine, load_engine

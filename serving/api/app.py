@@ -60,7 +60,8 @@ def create_app(config: ServingConfig, codec: Codec, engine: Engine, services: Se
         """Whether the replica can generate, and what it is doing; needs no key."""
         healthy = engine.healthy()
         queue = endpoint.services.admission.gauges()
-        body = {"status": "ok" if healthy else "unhealthy", "engine": asdict(engine.stats()), "queue": queue}
+        status, replica = "ok" if healthy else "unhealthy", endpoint.services.metrics.replica
+        body = {"status": status, "replica": replica, "engine": asdict(engine.stats()), "queue": queue}
         return JSONResponse(body, status_code=200 if healthy else 503)
 
     @app.get("/ready")

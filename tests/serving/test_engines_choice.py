@@ -15,7 +15,7 @@ from serving.engines.base import CheckpointError, EngineError
 from serving.engines.choice import choose_engine, load_engine
 from serving.engines.continuous import ContinuousEngine
 from serving.engines.vllm import VllmEngine
-from serving.replica import _load
+from serving.replica import load_checkpoint
 from tests.serving import vllm_double
 from tests.serving.harness import serving_config
 from tests.serving.tiny import save_tiny_checkpoint
@@ -84,13 +84,13 @@ def test_vllm_without_a_gpu() -> None:
 def test_a_replica_loads_either_engine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = save_tiny_checkpoint(tmp_path / "checkpoint")
     caplog.set_level("INFO")
-    continuous, _ = _load(config("auto", 0, folder))
+    continuous, _ = load_checkpoint(config("auto", 0, folder))
     try:
         assert isinstance(continuous, ContinuousEngine)
         assert continuous.longest_sequence == 1000
     finally:
         continuous.stop()
-    engine, codec = _load(config("auto", 1, folder))
+    engine, codec = load_checkpoint(config("auto", 1, folder))
     assert isinstance(engine, VllmEngine)
     args: Any = engine._engine
     assert args.args.max_model_len == 1000
@@ -108,8 +108,8 @@ def test_a_base_with_its_adapter_needs_vllm(tmp_path: Path) -> None:
     (folder / "adapter" / ADAPTER_SETTINGS).write_text(json.dumps({"r": 8}))
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"merge the adapter .*, or serve it with engine\.kind vllm"):
-        _load(config("auto", 0, folder))
-    engine, _ = _load(config("auto", 1, folder))
+        load_checkpoint(config("auto", 0, folder))
+    engine, _ = load_checkpoint(config("auto", 1, folder))
     inside: Any = engine
     assert inside._engine.args.enable_lora
     assert isinstance(load_engine(config("auto", 1, folder), "vllm", folder), VllmEngine)
