@@ -101,6 +101,7 @@ def test_more_than_may_wait_are_refused_before_they_cost_anything() -> None:
             "maximum_cached_tokens": 2048,
         },
         limits={"prompt_tokens": 600, "waiting_requests": 2},
+        replicas={"gpus": 0, "target_ongoing_requests": 2},
     )
 
     async def call(http: httpx.AsyncClient) -> list[httpx.Response]:
