@@ -21,6 +21,9 @@ from serving.generation import Generation
 from serving.keys import ANONYMOUS, Caller, Reservation
 from serving.services import Services
 
+_MANY_STREAMS = 128
+"""from so many on tokens are gathered as long as they may be"""
+
 
 @dataclass(frozen=True)
 class Endpoint:
@@ -29,6 +32,11 @@ class Endpoint:
     config: ServingConfig
     codec: Codec
     services: Services
+
+    def gathering_seconds(self) -> float:
+        """How long tokens of a stream are gathered before they are sent, growing with what runs beside it."""
+        longest = self.config.endpoint.gathering_seconds
+        return longest * min(1.0, self.services.admission.running / _MANY_STREAMS) if longest else 0.0
 
 
 class Asking(Strict):
@@ -80,7 +88,9 @@ async def answer(
         job = await interface.prepare(wanted, endpoint.config, endpoint.codec, engine)
         exchange.begin(job)
         if wanted.stream:
-            return await event_stream(request, exchange.watch(interface.stream(job)), ending)
+            return await event_stream(
+                request, exchange.watch(interface.stream(job)), ending, endpoint.gathering_seconds
+            )
         body = await unless_disconnected(request, interface.complete(job))
         exchange.end(200)
         return JSONResponse(body)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine, Iterable
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -32,8 +33,13 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-async def event_stream(request: Request, events: AsyncGenerator[str, None], ending: str) -> StreamingResponse:
+async def event_stream(
+    request: Request, events: AsyncGenerator[str, None], ending: str, gathering_seconds: Callable[[], float]
+) -> StreamingResponse:
     """Events as they come, then `ending`.
+
+    The first is sent at once. A later one that comes within `gathering_seconds` of what was sent last goes with the
+    next that comes after: a hop between processes costs more than an event, and tokens come faster than eyes read.
 
     The first is awaited before there is a response, so that what is refused until then has a status of its own. What
     fails later can only be told in the stream, as an event with an error unless it was told already (`ToldError`), and
@@ -44,7 +50,8 @@ async def event_stream(request: Request, events: AsyncGenerator[str, None], endi
         Exception: what the first event raises.
     """
     first = await unless_disconnected(request, _first(events))
-    return StreamingResponse(_rest(first, events, ending), media_type="text/event-stream", headers=_NO_BUFFERING)
+    content = _rest(first, events, ending, gathering_seconds)
+    return StreamingResponse(content, media_type="text/event-stream", headers=_NO_BUFFERING)
 
 
 def event(data: dict[str, Any], name: str | None = None) -> str:
@@ -111,18 +118,26 @@ async def _first(events: AsyncGenerator[str, None]) -> str:
     return await anext(events)
 
 
-async def _rest(first: str, events: AsyncGenerator[str, None], ending: str) -> AsyncGenerator[str, None]:
+async def _rest(
+    first: str, events: AsyncGenerator[str, None], ending: str, gathering_seconds: Callable[[], float]
+) -> AsyncGenerator[str, None]:
+    gathered = ""
     async with aclosing(events):
         try:
             yield first
+            sent = time.monotonic()
             async for each in events:
-                yield each
-            if ending:
-                yield ending
+                gathered += each
+                if time.monotonic() - sent >= gathering_seconds():
+                    yield gathered
+                    gathered, sent = "", time.monotonic()
+            gathered += ending
         except ToldError:
-            return
+            pass
         except Exception as error:
-            yield event(to_api_error(error).body)
+            gathered += event(to_api_error(error).body)
+        if gathered:
+            yield gathered
 
 
 async def _disconnected(request: Request) -> None:
