@@ -10,9 +10,9 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 demo: .venv/installed
 	$(BIN)/python -m training.demo
 
-# Everything that must hold: check, then all tests.
+# Everything that must hold: check, then all tests, two files at a time: most of them wait for processes to start.
 test: check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # The long form of the fault tests: twenty killed workers in one run, figures kept in tests/benchmarks/results.
 test-faults: .venv/installed
