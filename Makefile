@@ -17,7 +17,7 @@ test: check chromium
 # For the playground's tests: Debian's Chromium, where this may install it; they are skipped where there is none.
 chromium:
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
-		&& { apt-get update; DEBIAN_FRONTEND=noninteractive timeout 600 \
+		&& { timeout 120 apt-get update; DEBIAN_FRONTEND=noninteractive timeout 600 \
 		apt-get install -y --no-install-recommends chromium fonts-noto-core fonts-noto-cjk; } >/dev/null 2>&1; } || true
 
 # The long form of the fault tests: twenty killed workers in one run, figures kept in tests/benchmarks/results.

@@ -305,7 +305,7 @@ class Turn {
     }
     this.panes.content.element.removeAttribute("aria-busy");
     const badges = ending ? [...endingBadges(ending)] : [badge(abort.signal.aborted ? "stopped" : "failed", "fault")];
-    if (!this.answer) badges.push(badge("not part of what is sent on", "note"));
+    if (!this.answer) badges.push(badge("left out of what is sent next", "note"));
     this.find(".badges").replaceChildren(...badges);
     this.find(".figures").textContent = this.#figures();
     this.find(".copy").disabled = !this.answer;

@@ -94,7 +94,7 @@ def test_commentary_calls_and_text_outside_any_channel_have_places_of_their_own(
         assert text_of(page, "calls").split() == ["get_weather", '{"city":"Tōkyō"}']
         assert "an aside" in text_of(page, "unparsed")
         assert badges(page)[0] == "unknown channel"
-        assert "not part of what is sent on" in badges(page)
+        assert "left out of what is sent next" in badges(page)
 
 
 def test_arabic_runs_from_right_to_left_and_code_within_it_does_not(browser: Browser) -> None:
@@ -162,7 +162,7 @@ def test_an_error_is_shown_as_its_sentence_and_the_question_is_kept(browser: Bro
             "reasoning_language: reasoning language 'Frensh' is unknown; did you mean fr (French)?"
         )
         assert page.locator(f"{LAST} .error").get_attribute("role") == "alert"
-        assert badges(page) == ["failed", "not part of what is sent on"]
+        assert badges(page) == ["failed", "left out of what is sent next"]
         assert page.input_value("#question") == "What is two plus two?"
         ask(page, language="fr")
         expect(page.locator(f"{LAST} .error")).to_be_hidden()
