@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from cluster.harmony import Codec
+from serving import playground
 from serving.admission import DeadlineError, OverloadedError
 from serving.api import chat, responses
 from serving.api.chat_schema import ChatRequest
@@ -34,6 +35,7 @@ def create_app(config: ServingConfig, codec: Codec, engine: Engine, services: Se
     app = FastAPI(title="Raysoner", version="1", docs_url="/docs", redoc_url=None)
     endpoint = Endpoint(config, codec, services or Services.local(config, engine))
     started = int(time.time())
+    app.include_router(playground.router())
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
