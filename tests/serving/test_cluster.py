@@ -26,7 +26,6 @@ from ray.serve.config import HTTPOptions
 
 from serving.app import build
 from tests.serving.harness import events
-from tests.serving.tiny import save_tiny_checkpoint
 
 pytestmark = pytest.mark.cluster
 
@@ -39,11 +38,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def settings(folder: Path, port: int) -> dict[str, Any]:

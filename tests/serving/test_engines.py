@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
@@ -18,27 +17,8 @@ from serving.engines.checkpoint import load_model
 from serving.engines.continuous import ContinuousEngine
 from tests.serving.engine_harness import endless, generate, greedy_alone, new_engine, prompt, sampling, until
 from tests.serving.harness import CODEC
-from tests.serving.tiny import save_tiny_checkpoint
 
 LENGTHS = (1, 7, 33, 100, 200, 64, 65, 150)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> GptOssForCausalLM:
-    torch.set_num_threads(1)
-    return GptOssForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[ContinuousEngine]:
-    engine = new_engine(folder)
-    yield engine
-    engine.stop()
 
 
 @pytest.mark.parametrize("length", [1, 30, 120])

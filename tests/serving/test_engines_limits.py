@@ -18,12 +18,6 @@ from serving.engines.checkpoint import load_model
 from serving.engines.continuous import ContinuousEngine
 from serving.engines.memory import Footprint, check_fits, footprint
 from tests.serving.engine_harness import endless, generate, new_engine, prompt, until
-from tests.serving.tiny import save_tiny_checkpoint
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,27 +17,8 @@ from serving.engines.continuous import ContinuousEngine
 from serving.engines.sampling import HEAD_TOKENS, Draw, Sampler, nucleus, race
 from tests.serving.engine_harness import batches, generate, new_engine, prompt
 from tests.serving.harness import CODEC
-from tests.serving.tiny import save_tiny_checkpoint
 
 DRAWS = 20_000
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> GptOssForCausalLM:
-    torch.set_num_threads(1)
-    return GptOssForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[ContinuousEngine]:
-    engine = new_engine(folder)
-    yield engine
-    engine.stop()
 
 
 def seeded(seed: int | None, tokens: int = 40, temperature: float = 1.0, top_p: float = 1.0) -> Sampling:
