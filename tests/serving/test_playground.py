@@ -62,7 +62,7 @@ def test_a_browser_that_has_a_version_is_told_so(path: str, media_type: str) -> 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_no_file_refers_to_another_place(name: str) -> None:
-    assert not re.findall(r"https?:|[\"'(=]\s*//\w|@import|url\(", TEXTS[name])
+    assert not re.findall(r"https?:|[\"'(=]\s*//\w|@import|\burl\(", TEXTS[name])
 
 
 @pytest.mark.parametrize(
