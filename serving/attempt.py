@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cluster.harmony import END, START, Codec, Delta, Outcome, Part, Reply
 from serving.completion import Completion
@@ -28,8 +28,23 @@ _CONTINUED = 100
 _REPORT = PolicyConfig()
 
 
-def _always(_: Reply) -> bool:
-    return True
+class Faults(NamedTuple):
+    """What is wrong with a reply's calls and with its answer, beside how it ended."""
+
+    calls: list[dict[str, Any]]
+    answer: str | None
+
+    def __bool__(self) -> bool:
+        return bool(self.calls) or self.answer is not None
+
+
+def _no_faults(_: Reply) -> Faults:
+    return Faults([], None)
+
+
+def is_to(recipient: str, wanted: str) -> bool:
+    """Whether a call's recipient is `wanted`, the full name of a tool or a namespace."""
+    return recipient == wanted or recipient.startswith(f"{wanted}.")
 
 
 @dataclass(frozen=True)
@@ -44,8 +59,10 @@ class Wish:
     """the answer ends before the first of these; thinking and calls do not"""
     must_call: str | None = None
     """full name of the tool that has to be called, or a namespace for any in it"""
-    check: Callable[[Reply], bool] = _always
-    """whether calls and answer have the form that was asked for; one that has not is malformed"""
+    parallel_calls: bool = True
+    """whether the model may go on after its first call"""
+    check: Callable[[Reply], Faults] = _no_faults
+    """what keeps calls and answer from the form that was asked for; where something does, the choice is malformed"""
 
 
 class DrawnToken(NamedTuple):
@@ -120,14 +137,15 @@ class Attempt:
     async def _draw(self, sampling: Sampling, reserve: int) -> AsyncGenerator[Step, None]:
         """Tokens up to the budget, or until they must go on in another way than the model's.
 
-        That is where the model answers and has to call a tool, and where no more than `reserve` of the budget is left
-        while it still thinks.
+        That is where the model answers and has to call a tool, where no more than `reserve` of the budget is left
+        while it still thinks, and where the one call that it may make has ended.
         """
         threshold = sampling.maximum_tokens - reserve if reserve else None
         seen = 0
         async with aclosing(self._engine.generate(self._wish.prompt + self._written, sampling)) as batches:
             async for batch in batches:
-                room = 0 if self._must_call() else None if threshold is None else threshold - seen
+                watched = self._must_call() or not self._wish.parallel_calls
+                room = 0 if watched else None if threshold is None else threshold - seen
                 for piece in _cut(batch, room):
                     seen += len(piece.tokens)
                     step = self._take(piece)
@@ -137,7 +155,7 @@ class Attempt:
                     if threshold is not None and seen >= threshold and self.completion.part == "analysis":
                         self.rescued = True
                         return
-                    if self._stops.met:
+                    if self._stops.met or self._has_called():
                         return
 
     def _must_call(self) -> bool:
@@ -145,8 +163,12 @@ class Attempt:
         wanted = self._wish.must_call
         if wanted is None or self.forced:
             return False
-        return not any(call.recipient == wanted or call.recipient.startswith(f"{wanted}.") for call in
-                       self.completion.calls)  # fmt: skip
+        return not any(is_to(call.recipient, wanted) for call in self.completion.calls)
+
+    def _has_called(self) -> bool:
+        """Whether the one call has come that was allowed."""
+        completion = self.completion
+        return not self._wish.parallel_calls and bool(completion.calls) and completion.part != "tool_call"
 
     def _next_opening(self) -> list[int]:
         """What the model is to go on from, after it has stopped; nothing where it is done."""
