@@ -142,8 +142,14 @@ class Attempt:
         """
         threshold = sampling.maximum_tokens - reserve if reserve else None
         seen = 0
+        plain = threshold is None and self._wish.must_call is None and self._wish.parallel_calls
         async with aclosing(self._engine.generate(self._wish.prompt + self._written, sampling)) as batches:
             async for batch in batches:
+                if plain:
+                    yield self._take(batch)
+                    if self._stops.met:
+                        return
+                    continue
                 watched = self._must_call() or not self._wish.parallel_calls
                 room = 0 if watched else None if threshold is None else threshold - seen
                 for piece in _cut(batch, room):

@@ -24,7 +24,7 @@ from serving.config import ServingConfig
 from serving.engines.base import Engine
 from serving.generation import Generation
 
-_FIELDS = {
+_FIELDS: dict[Part, tuple[str, ...]] = {
     "analysis": ("reasoning", "reasoning_content"),
     "commentary": ("commentary",),
     "final": ("content",),
@@ -114,6 +114,7 @@ class _Writer:
         self._head = f'data: {to_json(envelope)[:-1]},"choices":[{{"index":{index},"delta":'
         self._job = job
         self._index = index
+        self._names = {part: names for part, names in _FIELDS.items() if part != "analysis" or job.shows_reasoning}
 
     def chunk(self, delta: dict[str, Any], **others: Any) -> str:
         """A chunk with a delta, and with other fields of its choice."""
@@ -137,8 +138,8 @@ class _Writer:
 
     def _text(self, delta: Delta) -> str:
         """The same chunk as `chunk` of `_fields`, without a dictionary: nearly all chunks are such."""
-        names = self._names(delta)
-        if not names:
+        names = self._names.get(delta.part)
+        if names is None:
             return ""
         text = to_json(delta.text)
         fields = ",".join([f'"{name}":{text}' for name in names])
@@ -147,15 +148,12 @@ class _Writer:
     def _fields(self, delta: Delta) -> dict[str, Any]:
         """Fields of a chunk's delta; a tool call's first, empty one carries its id and name."""
         if delta.call is None:
-            return dict.fromkeys(self._names(delta), delta.text)
+            return dict.fromkeys(self._names.get(delta.part, ()), delta.text)
         place = {"index": delta.call}
         if delta.text:
             return {"tool_calls": [{**place, "function": {"arguments": delta.text}}]}
         call = self._job.choices[self._index].calls[delta.call]
         return {"tool_calls": [place | _tool_call(self._job, self._index, delta.call, call)]}
-
-    def _names(self, delta: Delta) -> Sequence[str]:
-        return () if delta.part == "analysis" and not self._job.shows_reasoning else _FIELDS.get(delta.part, ())
 
 
 async def _events(job: ChatJob, index: int) -> AsyncGenerator[str, None]:
@@ -203,8 +201,10 @@ def _logprobs(job: ChatJob, drawn: Sequence[DrawnToken]) -> dict[str, Any]:
     return {"content": of("final"), "refusal": None, **thinking}
 
 
-def _joined(deltas: Sequence[Delta]) -> list[Delta]:
+def _joined(deltas: Sequence[Delta]) -> Sequence[Delta]:
     """Neighbours of one part as one: a batch of tokens makes a chunk, not each of them."""
+    if len(deltas) == 1:
+        return deltas
     found: list[Delta] = []
     for delta in deltas:
         if found and delta.text and found[-1].text and (found[-1].part, found[-1].call) == (delta.part, delta.call):

@@ -27,6 +27,8 @@ MAXIMUM_DEPTH = 16
 MAXIMUM_VALUES = 2000
 EXPANDED_VALUES = 20_000
 """values of a schema whose references are written out"""
+EXPANDED_DEPTH = 48
+"""levels of the same: each costs several frames where a schema is rendered or an answer held against it"""
 CHECKING_STEPS = 200_000
 """schema keywords times values that an answer is held against: a second or two of one core"""
 NUMBER_DIGITS = 300
@@ -161,13 +163,15 @@ class _Expansion:
         self._schema = schema
         self._left = EXPANDED_VALUES
 
-    def of(self, value: Any, opened: tuple[str, ...] = ()) -> Any:
-        """`value` without references; `opened` are those that led here."""
+    def of(self, value: Any, opened: tuple[str, ...] = (), depth: int = 0) -> Any:
+        """`value`, which stands at a depth, without references; `opened` are those that led here."""
+        if depth > EXPANDED_DEPTH:
+            raise _SchemaError((), f"written out it is more than {EXPANDED_DEPTH} levels deep")
         self._left -= 1
         if self._left < 0:
             raise _SchemaError((), f"written out it has more than {EXPANDED_VALUES} values")
         if isinstance(value, list):
-            return [self.of(child, opened) for child in value]
+            return [self.of(child, opened, depth + 1) for child in value]
         if not isinstance(value, dict):
             return value
         reference = value.get("$ref")
@@ -175,13 +179,13 @@ class _Expansion:
         if isinstance(reference, str):
             if reference in opened:
                 raise _SchemaError((), f"the reference {reference[:_SHOWN]!r} is circular, which is not supported")
-            pointed = self.of(self._resolve(reference), (*opened, reference))
+            pointed = self.of(self._resolve(reference), (*opened, reference), depth + 1)
         kept = (
             (name, child)
             for name, child in value.items()
             if name not in ("$defs", "definitions") and (name != "$ref" or not isinstance(child, str))
         )
-        own = {name: self.of(child, opened) for name, child in kept}
+        own = {name: self.of(child, opened, depth + 1) for name, child in kept}
         return {**pointed, **own} if isinstance(pointed, dict) else pointed
 
     def _resolve(self, reference: str) -> Any:

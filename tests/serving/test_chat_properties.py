@@ -20,7 +20,7 @@ ENGINE = {"maximum_output_tokens": 148, "default_output_tokens": 148, "maximum_c
 
 WORDS = st.one_of(
     st.sampled_from(["", "city", "a b", "$ref", "é✓", "\n", "//", "x" * 70, *SPECIAL_TOKENS]),
-    st.text(st.characters(exclude_categories=("Cs",)), max_size=12),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
 )
 NAMES = st.one_of(st.sampled_from(["f", "g", "get_weather", "a.b", "functions.f", "x" * 128]), WORDS)
 NUMBERS = st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.just(10**40), st.just(10**301))
@@ -67,9 +67,10 @@ def _schemas(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )
 
 
-SCHEMAS = st.recursive(st.booleans() | st.just({}), _schemas, max_leaves=5)
+ANYTHING: st.SearchStrategy[Any] = st.booleans() | st.just({})
+SCHEMAS = st.recursive(ANYTHING, _schemas, max_leaves=5)
 OBJECTS = SCHEMAS.filter(lambda schema: isinstance(schema, dict))
-TOOLS = st.fixed_dictionaries(
+TOOLS: st.SearchStrategy[Any] = st.fixed_dictionaries(
     {"type": st.just("function"),
      "function": st.fixed_dictionaries(
          {"name": st.sampled_from(["f", "g", "get_weather"]) | NAMES},
@@ -78,11 +79,11 @@ TOOLS = st.fixed_dictionaries(
 )  # fmt: skip
 IDS = st.sampled_from(["1", "2", "3"])
 ARGUMENTS = VALUES.map(json.dumps) | WORDS
-CALLS = st.fixed_dictionaries(
+CALLS: st.SearchStrategy[Any] = st.fixed_dictionaries(
     {"id": IDS, "type": st.just("function"),
      "function": st.fixed_dictionaries({"name": NAMES, "arguments": ARGUMENTS})},
 )  # fmt: skip
-MESSAGES = st.one_of(
+MESSAGES: st.SearchStrategy[Any] = st.one_of(
     st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "developer"]), "content": WORDS}),
     st.fixed_dictionaries({"role": st.just("tool"), "content": WORDS}, optional={"tool_call_id": IDS}),
     st.fixed_dictionaries(
@@ -104,7 +105,7 @@ def turns(draw: st.DrawFn) -> list[Any]:
     return [{"role": "user", "content": draw(WORDS)}, first, *results]
 
 
-REQUESTS = st.fixed_dictionaries(
+REQUESTS: st.SearchStrategy[Any] = st.fixed_dictionaries(
     {"model": st.just(MODEL), "messages": st.lists(MESSAGES, min_size=1, max_size=4) | turns()},
     optional={
         "tools": st.lists(TOOLS, max_size=3),

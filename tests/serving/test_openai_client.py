@@ -164,7 +164,8 @@ def test_tools_there_and_back(client: OpenAI, script: Script, engine: ScriptedEn
     final = client.chat.completions.create(**asked | {"messages": messages})
     assert final.choices[0].message.content == "It is sunny."
     first, second = (CODEC.decode(prompt) for prompt, _ in engine.requests)
-    assert "type GetWeather = (_: {\n// where\nplace: {" in first  # the reference to Place is written out
+    assert "    city: string,\n" in first  # what the class's reference to Place points to
+    assert "any" not in first.split("type GetWeather")[1].split("=> any")[0]
     assert (
         "<|channel|>analysis<|message|>I need the weather.<|end|><|start|>assistant to=functions.GetWeather"
         f"<|channel|>commentary <|constrain|>json<|message|>{arguments}<|call|>"

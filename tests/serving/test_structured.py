@@ -6,10 +6,26 @@ from typing import Any
 
 import pytest
 
+from cluster.harmony.typescript import typescript
 from serving.api.errors import ApiError
-from serving.api.structured import CHECKING_STEPS, MAXIMUM_VALUES, check_schema, fault_of_json
+from serving.api.structured import (
+    CHECKING_STEPS,
+    EXPANDED_DEPTH,
+    MAXIMUM_DEPTH,
+    MAXIMUM_VALUES,
+    check_schema,
+    fault_of_json,
+)
 
 TEXT = {"type": "string"}
+
+
+def good(schema: dict[str, Any]) -> bool:
+    try:
+        check_schema(schema, "f")
+    except ApiError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize(
@@ -52,6 +68,31 @@ def test_references_are_written_out() -> None:
     }
     assert fault_of_json('{"x": [5]}', schema) == "x.0: 5 is not of type 'string'"
     assert fault_of_json('{"x": ["y"]}', schema) is None
+
+
+@pytest.mark.parametrize("nested", ["properties", "items", "anyOf", "additionalProperties"])
+def test_schemas_are_as_deep_as_they_may_be(nested: str) -> None:
+    """A depth that is allowed can also be checked, rendered and held against, in any thread."""
+
+    def deep(levels: int) -> dict[str, Any]:
+        inner = {"type": "string"}
+        for _ in range(levels):
+            inner = {nested: {"a": inner} if nested == "properties" else [inner] if nested == "anyOf" else inner}  # type: ignore[dict-item]
+        return {"type": "object", "properties": {"a": inner}}
+
+    levels = max(levels for levels in range(MAXIMUM_DEPTH + 1) if good(deep(levels)))
+    assert levels >= MAXIMUM_DEPTH // 2 - 2
+    assert typescript(check_schema(deep(levels), "f").written_out)
+    assert fault_of_json('{"a": "x"}', deep(levels)) is None or nested == "anyOf"
+
+
+def test_references_may_not_lead_deeper_than_can_be_followed() -> None:
+    chain: dict[str, Any] = {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(500)}
+    with pytest.raises(ApiError, match=f"more than {EXPANDED_DEPTH} levels deep"):
+        check_schema({"$defs": chain | {"d500": {}}, "$ref": "#/$defs/d0"}, "f")
+    short = {"$defs": {name: chain[name] for name in list(chain)[:20]} | {"d20": {}}, "$ref": "#/$defs/d0"}
+    assert typescript(check_schema(short, "f").written_out)
+    assert fault_of_json("[" * 20 + "1" + "]" * 20, short) is None
 
 
 def test_a_large_schema_is_refused_before_it_is_checked() -> None:
