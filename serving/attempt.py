@@ -158,7 +158,8 @@ class Attempt:
                     if self._must_call() and self.completion.part in ("final", "tool_call"):
                         return
                     yield step
-                    if threshold is not None and seen >= threshold and self.completion.part == "analysis":
+                    late = threshold is not None and seen >= threshold and self.completion.part == "analysis"
+                    if late and self._fits(self._way_out()):
                         self.rescued = True
                         return
                     if self._stops.met or self._has_called():
@@ -180,12 +181,26 @@ class Attempt:
         """What the model is to go on from, after it has stopped; nothing where it is done."""
         if self._must_call() and (self.rescued or self._rewound()):
             self.forced = True
-            ending = [self._codec.ids[END]] if self.completion.part is not None else []
-            return ending + self._codec.call_opening(self._wish.must_call or "", started=not self._written)
+            opening = self._way_out()
+            if not self._fits(opening):
+                return []
+            self.forced = True
+            return opening
         if self.rescued and not self._reopened:
             self._reopened = True
-            return self._codec.final_opening()
+            return self._way_out()
         return []
+
+    def _fits(self, opening: list[int]) -> bool:
+        """Whether something is left of the budget after it."""
+        return len(self._written) + len(opening) < self._wish.sampling.maximum_tokens
+
+    def _way_out(self) -> list[int]:
+        """Ends the message that the completion is in, if it is in one, and opens the call or the answer."""
+        if not self._must_call():
+            return self._codec.final_opening()
+        ending = [self._codec.ids[END]] if self.completion.part is not None else []
+        return ending + self._codec.call_opening(self._wish.must_call or "", started=not self._written)
 
     def _rewound(self) -> bool:
         """Take back the message that should have been a call, or the stop token that came before any."""

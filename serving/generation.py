@@ -141,7 +141,9 @@ class Generation:
             yield self._new(reseeded(wish.sampling, number))
         if retries:
             text = opening(wish.language) if wish.language else ""
-            yield self._new(wish.sampling, self._codec.analysis_opening(text))
+            begun = self._codec.analysis_opening(text)
+            fits = len(begun) < wish.sampling.maximum_tokens
+            yield self._new(wish.sampling, begun) if fits else self._new(reseeded(wish.sampling, retries))
 
     def _new(self, sampling: Sampling, prefill: list[int] | None = None) -> Attempt:
         wish = replace(self._wish, sampling=sampling)
