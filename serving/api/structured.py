@@ -70,8 +70,8 @@ def check_schema(schema: dict[str, Any], field: str, most: int = MAXIMUM_VALUES)
         kept = len(text) <= KEPT_CHARACTERS
         return Schema(values, _written_out_text(text) if kept else _written_out(schema))
     except _SchemaError as fault:
-        place = ".".join([field, *fault.place])
-        shown = place if len(place) <= _SHOWN else f"{place[:_SHOWN]}…"
+        where = ".".join([field, *fault.place])
+        shown = where if len(where) <= _SHOWN else f"{where[:_SHOWN]}…"
         raise ApiError(400, f"{shown}: {fault}", param=field, code="invalid_value") from None
 
 
