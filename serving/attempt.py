@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cluster.harmony import END, START, Codec, Delta, Outcome, Part, Reply
 from serving.completion import Completion
@@ -28,8 +28,23 @@ _CONTINUED = 100
 _REPORT = PolicyConfig()
 
 
-def _always(_: Reply) -> bool:
-    return True
+class Faults(NamedTuple):
+    """What is wrong with a reply's calls and with its answer, beside how it ended."""
+
+    calls: list[dict[str, Any]]
+    answer: str | None
+
+    def __bool__(self) -> bool:
+        return bool(self.calls) or self.answer is not None
+
+
+def _no_faults(_: Reply) -> Faults:
+    return Faults([], None)
+
+
+def is_to(recipient: str, wanted: str) -> bool:
+    """Whether a call's recipient is `wanted`, the full name of a tool or a namespace."""
+    return recipient == wanted or recipient.startswith(f"{wanted}.")
 
 
 @dataclass(frozen=True)
@@ -44,8 +59,10 @@ class Wish:
     """the answer ends before the first of these; thinking and calls do not"""
     must_call: str | None = None
     """full name of the tool that has to be called, or a namespace for any in it"""
-    check: Callable[[Reply], bool] = _always
-    """whether calls and answer have the form that was asked for; one that has not is malformed"""
+    parallel_calls: bool = True
+    """whether the model may go on after its first call"""
+    check: Callable[[Reply], Faults] = _no_faults
+    """what keeps calls and answer from the form that was asked for; where something does, the choice is malformed"""
 
 
 class DrawnToken(NamedTuple):
@@ -120,24 +137,32 @@ class Attempt:
     async def _draw(self, sampling: Sampling, reserve: int) -> AsyncGenerator[Step, None]:
         """Tokens up to the budget, or until they must go on in another way than the model's.
 
-        That is where the model answers and has to call a tool, and where no more than `reserve` of the budget is left
-        while it still thinks.
+        That is where the model answers and has to call a tool, where no more than `reserve` of the budget is left
+        while it still thinks, and where the one call that it may make has ended.
         """
         threshold = sampling.maximum_tokens - reserve if reserve else None
         seen = 0
+        plain = threshold is None and self._wish.must_call is None and self._wish.parallel_calls
         async with aclosing(self._engine.generate(self._wish.prompt + self._written, sampling)) as batches:
             async for batch in batches:
-                room = 0 if self._must_call() else None if threshold is None else threshold - seen
+                if plain:
+                    yield self._take(batch)
+                    if self._stops.met:
+                        return
+                    continue
+                watched = self._must_call() or not self._wish.parallel_calls
+                room = 0 if watched else None if threshold is None else threshold - seen
                 for piece in _cut(batch, room):
                     seen += len(piece.tokens)
                     step = self._take(piece)
                     if self._must_call() and self.completion.part in ("final", "tool_call"):
                         return
                     yield step
-                    if threshold is not None and seen >= threshold and self.completion.part == "analysis":
+                    late = threshold is not None and seen >= threshold and self.completion.part == "analysis"
+                    if late and self._fits(self._way_out()):
                         self.rescued = True
                         return
-                    if self._stops.met:
+                    if self._stops.met or self._has_called():
                         return
 
     def _must_call(self) -> bool:
@@ -145,19 +170,37 @@ class Attempt:
         wanted = self._wish.must_call
         if wanted is None or self.forced:
             return False
-        return not any(call.recipient == wanted or call.recipient.startswith(f"{wanted}.") for call in
-                       self.completion.calls)  # fmt: skip
+        return not any(is_to(call.recipient, wanted) for call in self.completion.calls)
+
+    def _has_called(self) -> bool:
+        """Whether the one call has come that was allowed."""
+        completion = self.completion
+        return not self._wish.parallel_calls and bool(completion.calls) and completion.part != "tool_call"
 
     def _next_opening(self) -> list[int]:
         """What the model is to go on from, after it has stopped; nothing where it is done."""
         if self._must_call() and (self.rescued or self._rewound()):
             self.forced = True
-            ending = [self._codec.ids[END]] if self.completion.part is not None else []
-            return ending + self._codec.call_opening(self._wish.must_call or "", started=not self._written)
+            opening = self._way_out()
+            if not self._fits(opening):
+                return []
+            self.forced = True
+            return opening
         if self.rescued and not self._reopened:
             self._reopened = True
-            return self._codec.final_opening()
+            return self._way_out()
         return []
+
+    def _fits(self, opening: list[int]) -> bool:
+        """Whether something is left of the budget after it."""
+        return len(self._written) + len(opening) < self._wish.sampling.maximum_tokens
+
+    def _way_out(self) -> list[int]:
+        """Ends the message that the completion is in, if it is in one, and opens the call or the answer."""
+        if not self._must_call():
+            return self._codec.final_opening()
+        ending = [self._codec.ids[END]] if self.completion.part is not None else []
+        return ending + self._codec.call_opening(self._wish.must_call or "", started=not self._written)
 
     def _rewound(self) -> bool:
         """Take back the message that should have been a call, or the stop token that came before any."""

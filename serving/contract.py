@@ -6,7 +6,7 @@ exactly as in the training data, and the thinking that comes back is held agains
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict
@@ -77,14 +77,29 @@ def ask_for_language(conversation: Conversation, tag: str, form: InstructionForm
     The instruction, a blank line and the text of the first system or developer message; the instruction alone, as a
     message before all others, where there is none.
     """
-    turns = list(conversation.messages)
     instruction = reasoning_instruction(tag, form)
+    return _instructed(conversation, lambda text: f"{instruction}\n\n{text}" if text else instruction)
+
+
+def ask_for_call(conversation: Conversation, recipient: str) -> Conversation:
+    """`conversation` with the wish for a call, put last in the developer message.
+
+    Args:
+        recipient: full name of a tool, or a namespace for any of its tools.
+    """
+    wanted = f"Call {recipient}" if "." in recipient else f"Call one of the tools in the namespace {recipient}"
+    instruction = f"{wanted} before you answer."
+    return _instructed(conversation, lambda text: f"{text}\n\n{instruction}" if text else instruction)
+
+
+def _instructed(conversation: Conversation, write: Callable[[str], str]) -> Conversation:
+    """`conversation` with `write` of the text of its first system or developer message, made where there is none."""
+    turns = list(conversation.messages)
     place = next((i for i, turn in enumerate(turns) if turn.role in ("system", "developer")), None)
     if place is None:
-        turns.insert(0, Message(role="developer", content=instruction))
+        turns.insert(0, Message(role="developer", content=write("")))
     else:
-        text = f"{instruction}\n\n{turns[place].content}"
-        turns[place] = turns[place].model_copy(update={"content": text})
+        turns[place] = turns[place].model_copy(update={"content": write(turns[place].content)})
     return conversation.model_copy(update={"messages": tuple(turns)})
 
 

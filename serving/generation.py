@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from cluster.harmony import Codec, Outcome, ParsedCall, Reply
 from cluster.languages import opening
-from serving.attempt import Attempt, Step, Wish, reseeded
+from serving.attempt import Attempt, Faults, Step, Wish, reseeded
 from serving.completion import FinishReason
 from serving.contract import ReasoningLanguage, Verdict, judge
 from serving.engines.base import Engine, Sampling
@@ -46,6 +46,7 @@ class Generation:
         reply: the whole choice.
         finish_reason: OpenAI's.
         language: of thinking and answer, held against the wish.
+        faults: what is wrong with its calls and with the form of its answer.
         tokens: generated in all attempts.
         reasoning_tokens: of these, in the analysis channel.
         attempts: how often it was drawn.
@@ -60,6 +61,7 @@ class Generation:
         self.reply: Reply
         self.finish_reason: FinishReason
         self.language: ReasoningLanguage
+        self.faults: Faults
         self.tokens = 0
         self.reasoning_tokens = 0
         self.attempts = 0
@@ -121,7 +123,7 @@ class Generation:
         if best.faults and not self.live:
             self._refuse(best)
         self._attempt = best.attempt
-        self.reply, self.language = best.attempt.reply, best.language
+        self.reply, self.language, self.faults = best.attempt.reply, best.language, best.found
         self.finish_reason = best.attempt.completion.finish_reason
         self.rescued, self.prefilled = best.attempt.rescued, bool(best.attempt.prefill)
         self.forced = best.attempt.forced
@@ -139,7 +141,9 @@ class Generation:
             yield self._new(reseeded(wish.sampling, number))
         if retries:
             text = opening(wish.language) if wish.language else ""
-            yield self._new(wish.sampling, self._codec.analysis_opening(text))
+            begun = self._codec.analysis_opening(text)
+            fits = len(begun) < wish.sampling.maximum_tokens
+            yield self._new(wish.sampling, begun) if fits else self._new(reseeded(wish.sampling, retries))
 
     def _new(self, sampling: Sampling, prefill: list[int] | None = None) -> Attempt:
         wish = replace(self._wish, sampling=sampling)
@@ -167,12 +171,14 @@ class _Judged(NamedTuple):
     attempt: Attempt
     steps: list[Step]
     language: ReasoningLanguage
+    found: Faults
     faults: int
 
 
 def _judge(attempt: Attempt, steps: list[Step], wish: Wish) -> _Judged:
     reply = attempt.reply
     language = judge(reply.analysis, reply.final, wish.language)
-    malformed = wish.policy.on_malformed != "report" and (reply.outcome in MALFORMED or not wish.check(reply))
+    found = wish.check(reply)
+    malformed = wish.policy.on_malformed != "report" and (reply.outcome in MALFORMED or bool(found))
     strayed = wish.policy.on_wrong_language != "report" and language.verdict == Verdict.NOT_FOLLOWED
-    return _Judged(attempt, steps, language, _MALFORMED_WEIGHT * malformed + strayed)
+    return _Judged(attempt, steps, language, found, _MALFORMED_WEIGHT * malformed + strayed)

@@ -11,9 +11,9 @@ from cluster.languages import find_language
 from serving.api.errors import ApiError
 from serving.api.structured import fault_of_json
 from serving.api.tools import call_faults
-from serving.attempt import Wish
+from serving.attempt import Faults, Wish
 from serving.config import OnFault, PolicyConfig, ServingConfig
-from serving.contract import ask_for_language
+from serving.contract import ask_for_call, ask_for_language
 from serving.engines.base import Sampling
 
 
@@ -35,6 +35,8 @@ class Asked:
     logprobs: int | None = None
     must_call: str | None = None
     """full name of the tool that has to be called, `functions` for any"""
+    parallel_calls: bool = True
+    """whether the model may make several calls at once"""
     language: str | None = None
     """tag or name of the language to think in"""
     on_malformed: OnFault | None = None
@@ -53,20 +55,14 @@ class Check:
 
     tools: tuple[FunctionTool, ...]
     form: ResponseFormat | None
+    must_call: str | None = None
 
-    def calls(self, reply: Reply) -> list[dict[str, Any]]:
-        """What is wrong with its calls."""
-        return call_faults(reply, self.tools) if reply.tool_calls else []
-
-    def answer(self, reply: Reply) -> str | None:
-        """What keeps its answer from the form that was asked for; None where nothing does, or none was asked for."""
+    def __call__(self, reply: Reply) -> Faults:
+        """What is wrong; a reply that calls a tool owes no answer yet."""
+        calls = call_faults(reply, self.tools, self.must_call) if reply.tool_calls or self.must_call else []
         if self.form is None or (reply.tool_calls and not reply.final):
-            return None
-        return fault_of_json(reply.final, self.form.json_schema)
-
-    def __call__(self, reply: Reply) -> bool:
-        """Whether nothing is wrong."""
-        return not self.calls(reply) and self.answer(reply) is None
+            return Faults(calls, None)
+        return Faults(calls, fault_of_json(reply.final, self.form.json_schema))
 
 
 async def wishes(asked: Asked, config: ServingConfig, codec: Codec) -> list[Wish]:
@@ -90,6 +86,8 @@ async def wishes(asked: Asked, config: ServingConfig, codec: Codec) -> list[Wish
         field = asked.output_field
         raise _refused(field, f"{field} must be at most {engine.maximum_output_tokens}, got {budget}")
     tag, conversation = _in_language(asked, config)
+    if asked.must_call:
+        conversation = ask_for_call(conversation, asked.must_call)
     prompt = await render(codec, conversation)
     if len(prompt) > limits.prompt_tokens:
         message = f"the prompt takes {len(prompt)} tokens, more than the {limits.prompt_tokens} that are allowed"
@@ -109,7 +107,8 @@ async def wishes(asked: Asked, config: ServingConfig, codec: Codec) -> list[Wish
         policy=_policy(asked, config.policy),
         stop=asked.stop,
         must_call=asked.must_call,
-        check=Check(conversation.tools, conversation.response_format),
+        parallel_calls=asked.parallel_calls,
+        check=Check(conversation.tools, conversation.response_format, asked.must_call),
     )
     return [
         wish if asked.seed is None else replace(wish, sampling=replace(sampling, seed=asked.seed + place))

@@ -17,13 +17,14 @@ from cluster.harmony import Codec, Delta, ParsedCall, Part
 from serving.api.asked import Check, wishes
 from serving.api.chat_schema import ChatRequest
 from serving.api.findings import findings
-from serving.api.http import event, merged
-from serving.attempt import DrawnToken
+from serving.api.http import event, merged, to_json
+from serving.api.tools import short_name
+from serving.attempt import DrawnToken, Step
 from serving.config import ServingConfig
 from serving.engines.base import Engine
 from serving.generation import Generation
 
-_FIELDS = {
+_FIELDS: dict[Part, tuple[str, ...]] = {
     "analysis": ("reasoning", "reasoning_content"),
     "commentary": ("commentary",),
     "final": ("content",),
@@ -56,7 +57,11 @@ async def prepare(request: ChatRequest, config: ServingConfig, codec: Codec, eng
     Raises:
         ApiError: as `wishes`.
     """
-    asked = request.to_asked(config.default_effort)
+    if request.tools or request.response_format:
+        # Schemas take longer to check than the event loop may stand still.
+        asked = await asyncio.to_thread(request.to_asked, config.default_effort)
+    else:
+        asked = request.to_asked(config.default_effort)
     wanted = await wishes(asked, config, codec)
     return ChatJob(
         request,
@@ -65,7 +70,7 @@ async def prepare(request: ChatRequest, config: ServingConfig, codec: Codec, eng
         id=f"chatcmpl-{uuid.uuid4().hex}",
         created=int(time.time()),
         model=config.model.served_name,
-        check=Check(asked.conversation.tools, asked.conversation.response_format),
+        check=Check(asked.conversation.tools, asked.conversation.response_format, asked.must_call),
         codec=codec,
     )
 
@@ -84,10 +89,11 @@ async def complete(job: ChatJob) -> dict[str, Any]:
 
 
 async def stream(job: ChatJob) -> AsyncGenerator[str, None]:
-    """The answer as server-sent events; the first comes with the first tokens."""
-    async with aclosing(merged(_chunks(job, index) for index in range(len(job.choices)))) as chunks:
-        async for chunk in chunks:
-            yield event(chunk)
+    """The answer as server-sent events, one or several at once; the first come with the first tokens."""
+    choices = [_events(job, index) for index in range(len(job.choices))]
+    async with aclosing(choices[0] if len(choices) == 1 else merged(choices)) as events:
+        async for each in events:
+            yield each
     if job.request.include_usage:
         yield event({**_envelope(job, "chat.completion.chunk"), "choices": [], "usage": _usage(job)})
 
@@ -100,30 +106,66 @@ async def _exhaust(choice: Generation) -> list[DrawnToken]:
     return drawn
 
 
-async def _chunks(job: ChatJob, index: int) -> AsyncGenerator[dict[str, Any], None]:
-    """Chunks of one choice."""
-    envelope = _envelope(job, "chat.completion.chunk")
-    if job.request.include_usage:
-        envelope["usage"] = None
+class _Writer:
+    """Writes the chunks of one choice as events; what all of them have is spelled once."""
 
-    def chunk(delta: dict[str, Any], **ending: Any) -> dict[str, Any]:
-        return {**envelope, "choices": [{"index": index, "delta": delta, "finish_reason": None, **ending}]}
+    def __init__(self, job: ChatJob, index: int) -> None:
+        envelope = _envelope(job, "chat.completion.chunk") | ({"usage": None} if job.request.include_usage else {})
+        self._head = f'data: {to_json(envelope)[:-1]},"choices":[{{"index":{index},"delta":'
+        self._job = job
+        self._index = index
+        self._names = {part: names for part, names in _FIELDS.items() if part != "analysis" or job.shows_reasoning}
 
-    generation = job.choices[index]
-    opened = False
-    async with aclosing(generation.stream()) as steps:
+    def chunk(self, delta: dict[str, Any], **others: Any) -> str:
+        """A chunk with a delta, and with other fields of its choice."""
+        return f"{self._head}{to_json(delta)},{to_json({'finish_reason': None, **others})[1:-1]}}}]}}\n\n"
+
+    def step(self, step: Step) -> str:
+        """What a step adds; a step's log-probabilities go with the first of its chunks."""
+        told = (
+            {"logprobs": logprobs}
+            if step.drawn and any((logprobs := _logprobs(self._job, step.drawn)).values())
+            else {}
+        )
+        written = ""
+        for delta in _joined(step.deltas):
+            if delta.call is None and not told:
+                written += self._text(delta)
+            elif fields := self._fields(delta):
+                written += self.chunk(fields, **told)
+                told = {}
+        return written + (self.chunk({}, **told) if told else "")
+
+    def _text(self, delta: Delta) -> str:
+        """The same chunk as `chunk` of `_fields`, without a dictionary: nearly all chunks are such."""
+        names = self._names.get(delta.part)
+        if names is None:
+            return ""
+        text = to_json(delta.text)
+        fields = ",".join([f'"{name}":{text}' for name in names])
+        return f'{self._head}{{{fields}}},"finish_reason":null}}]}}\n\n'
+
+    def _fields(self, delta: Delta) -> dict[str, Any]:
+        """Fields of a chunk's delta; a tool call's first, empty one carries its id and name."""
+        if delta.call is None:
+            return dict.fromkeys(self._names.get(delta.part, ()), delta.text)
+        place = {"index": delta.call}
+        if delta.text:
+            return {"tool_calls": [{**place, "function": {"arguments": delta.text}}]}
+        call = self._job.choices[self._index].calls[delta.call]
+        return {"tool_calls": [place | _tool_call(self._job, self._index, delta.call, call)]}
+
+
+async def _events(job: ChatJob, index: int) -> AsyncGenerator[str, None]:
+    """The chunks of one choice, those of a step at once."""
+    writer = _Writer(job, index)
+    opening = writer.chunk({"role": "assistant", "content": ""})
+    async with aclosing(job.choices[index].stream()) as steps:
         async for step in steps:
-            if not opened:
-                yield chunk({"role": "assistant", "content": ""})
-                opened = True
-            told = {"logprobs": _logprobs(job, step.drawn)} if step.drawn else {}
-            for delta in _joined(step.deltas):
-                if fields := _delta_fields(job, index, delta):
-                    yield chunk(fields, **told)
-                    told = {}
-            if told:
-                yield chunk({}, **told)
-    yield chunk({}, **_ending(job, generation))
+            if written := opening + writer.step(step):
+                yield written
+            opening = ""
+    yield writer.chunk({}, **_ending(job, job.choices[index]))
 
 
 def _choice(job: ChatJob, index: int, drawn: Sequence[DrawnToken]) -> dict[str, Any]:
@@ -159,8 +201,10 @@ def _logprobs(job: ChatJob, drawn: Sequence[DrawnToken]) -> dict[str, Any]:
     return {"content": of("final"), "refusal": None, **thinking}
 
 
-def _joined(deltas: Sequence[Delta]) -> list[Delta]:
+def _joined(deltas: Sequence[Delta]) -> Sequence[Delta]:
     """Neighbours of one part as one: a batch of tokens makes a chunk, not each of them."""
+    if len(deltas) == 1:
+        return deltas
     found: list[Delta] = []
     for delta in deltas:
         if found and delta.text and found[-1].text and (found[-1].part, found[-1].call) == (delta.part, delta.call):
@@ -170,20 +214,9 @@ def _joined(deltas: Sequence[Delta]) -> list[Delta]:
     return found
 
 
-def _delta_fields(job: ChatJob, index: int, delta: Delta) -> dict[str, Any]:
-    """Fields of a chunk's delta; a tool call's first, empty one carries its id and name."""
-    if delta.call is None:
-        hidden = delta.part == "analysis" and not job.shows_reasoning
-        return {} if hidden else dict.fromkeys(_FIELDS.get(delta.part, ()), delta.text)
-    place = {"index": delta.call}
-    if delta.text:
-        return {"tool_calls": [{**place, "function": {"arguments": delta.text}}]}
-    return {"tool_calls": [place | _tool_call(job, index, delta.call, job.choices[index].calls[delta.call])]}
-
-
 def _tool_call(job: ChatJob, index: int, place: int, call: ParsedCall) -> dict[str, Any]:
     """A call in OpenAI's form, its id made of the completion's; a tool that is no function keeps its full name."""
-    function = {"name": call.recipient.removeprefix("functions."), "arguments": call.arguments}
+    function = {"name": short_name(call.recipient), "arguments": call.arguments}
     number = f"{index}_{place}" if index else str(place)
     return {"id": f"call_{job.id.removeprefix('chatcmpl-')}_{number}", "type": "function", "function": function}
 

@@ -20,7 +20,7 @@ from serving.api.errors import ApiError
 from serving.api.fields import ANY, Strict, drop_neutral
 from serving.api.handling import Asking
 from serving.api.structured import check_schema
-from serving.api.tools import Call, Calls, NamedTool, Tool, function_tools, must_call
+from serving.api.tools import Call, Calls, Tool, ToolChoice, function_tools, must_call
 from serving.config import OnFault
 from serving.engines.base import MAXIMUM_LOGPROBS
 
@@ -36,6 +36,7 @@ _NEUTRAL_REQUEST: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "presence_penalty": (0,),
     "prompt_cache_key": (ANY,),
+    "prompt_cache_options": (ANY,),
     "prompt_cache_retention": (ANY,),
     "safety_identifier": (ANY,),
     "service_tier": ("auto", "default"),
@@ -51,6 +52,7 @@ _NEUTRAL_MESSAGE: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": (),
     "name": (),
+    "parsed": (ANY,),
     "refusal": (),
 }
 
@@ -76,6 +78,7 @@ class ChatMessage(Strict):
     """One turn, or a step of one.
 
     The thinking that led to a call is fed back until the answer has come, and dropped after it, as Harmony has it.
+    So is the commentary of a message that makes calls; that of one that answers is dropped.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -95,6 +98,10 @@ class ChatMessage(Strict):
             raise PydanticCustomError("unsupported", "{name} belongs to tool messages only", {"name": "tool_call_id"})
         if self.role == "tool" and self.tool_call_id is None:
             raise PydanticCustomError("required", "{name} is required", {"name": "tool_call_id"})
+        if None not in (self.reasoning, self.reasoning_content) and self.reasoning != self.reasoning_content:
+            raise PydanticCustomError(
+                "unsupported", "{name} differs from reasoning; send one", {"name": "reasoning_content"}
+            )
         if self.content is None and not self.tool_calls:
             raise PydanticCustomError("required", "{name} is required", {"name": "content"})
         return self
@@ -116,8 +123,9 @@ class ChatMessage(Strict):
             return [calls.answered(self.tool_call_id, self.text, f"{place}.tool_call_id")]
         thinking = self.reasoning or self.reasoning_content
         if self.tool_calls:
-            preamble = self.commentary or self.text
+            preamble = "\n\n".join(text for text in (self.commentary, self.text) if text)
             return calls.made(self.tool_calls, place, thinking=thinking, preamble=preamble)
+        calls.settle()
         return [Message(role=self.role, content=self.text, thinking=thinking)]
 
 
@@ -176,6 +184,7 @@ class StreamOptions(Strict):
     """What a stream carries beside text."""
 
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class ChatRequest(Asking):
@@ -203,9 +212,10 @@ class ChatRequest(Asking):
     include_reasoning: bool | None = None
     """false leaves the thinking out of the answer; usage, outcome and language still tell of it"""
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ToolChoice | None = None
+    """none leaves the tools out of the prompt; a call that must come is asked for, and begun where it does not come"""
     parallel_tool_calls: bool | None = None
-    """taken and of no effect: a completion ends with its first call"""
+    """false ends the completion with its first call"""
     response_format: AnswerFormat | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAXIMUM_LOGPROBS)] | None = None
@@ -227,6 +237,7 @@ class ChatRequest(Asking):
             for number, message in enumerate(self.messages)
             for turn in message.to_messages(calls, f"messages.{number}")
         ]
+        calls.settle()
         functions = [tool.function for tool in self.tools or ()]
         tools = function_tools(functions)
         conversation = Conversation(
@@ -239,9 +250,13 @@ class ChatRequest(Asking):
         if self.top_logprobs and not self.logprobs:
             message = "top_logprobs asks for nothing without logprobs: true"
             raise ApiError(400, message, param="top_logprobs", code="invalid_value")
+        if self.stream_options and not self.stream:
+            message = "stream_options asks for nothing without stream: true"
+            raise ApiError(400, message, param="stream_options", code="invalid_value")
         return Asked(
             model=self.model,
             conversation=conversation,
+            parallel_calls=self.parallel_tool_calls is not False,
             must_call=must_call(self.tool_choice, functions),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             choices=self.n or 1,

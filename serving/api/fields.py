@@ -19,7 +19,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-_KINDS = ("string", "parts", "one", "several", "literal['none','auto','required']", "NamedTool")
+_KINDS = ("string", "parts", "one", "several", "word", "named")
 """tags of unions, which stand in an error's place and are no fields"""
 _BY_TYPE = "type="
 """what the tags of unions begin with that `by_type` chooses from"""
@@ -89,7 +89,8 @@ def _to_api_error(error: ErrorDetails) -> ApiError:
     if kind == "missing":
         return ApiError(400, f"{param} is required", param=param, code="missing_required_parameter")
     if kind == "unsupported":
-        return ApiError(400, error["msg"], param=param, code="unsupported_parameter")
+        message = error["msg"].replace(str(context["name"]), str(param), 1)
+        return ApiError(400, message, param=param, code="unsupported_parameter")
     if kind == "union_tag_invalid":
         return _unknown_type(".".join([*where, "type"]), context)
     reason = error["msg"].removeprefix("Input ")

@@ -17,11 +17,11 @@ def findings(generation: Generation, check: Check) -> dict[str, Any]:
     found: dict[str, Any] = {"outcome": reply.outcome.value}
     if reply.unparsed:
         found["unparsed"] = reply.unparsed
-    if faults := check.calls(reply):
-        found["tool_errors"] = faults
+    faults = generation.faults
+    if faults.calls:
+        found["tool_errors"] = faults.calls
     if check.form is not None:
-        fault = check.answer(reply)
-        found["response_format"] = {"valid": fault is None, "error": fault}
+        found["response_format"] = {"valid": faults.answer is None, "error": faults.answer}
     if generation.rescued:
         found["rescued"] = True
     if generation.forced:

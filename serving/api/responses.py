@@ -5,6 +5,7 @@ Reference: https://platform.openai.com/docs/api-reference/responses
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator
@@ -45,7 +46,11 @@ async def prepare(request: ResponsesRequest, config: ServingConfig, codec: Codec
     Raises:
         ApiError: as `ResponsesRequest.to_asked` and `wishes`.
     """
-    asked = request.to_asked(config.default_effort)
+    if request.tools or request.text:
+        # Schemas take longer to check than the event loop may stand still.
+        asked = await asyncio.to_thread(request.to_asked, config.default_effort)
+    else:
+        asked = request.to_asked(config.default_effort)
     (wish,) = await wishes(asked, config, codec)
     return ResponsesJob(
         choices=[Generation(engine, codec, wish)],

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from cluster.harmony import Delta, Outcome, ParsedCall, Part, Reply
+from serving.api.tools import short_name
 
 Status = Literal["in_progress", "completed", "incomplete"]
 Data = dict[str, Any]
@@ -60,7 +61,7 @@ class _Item:
     def data(self, status: Status, content: list[Data] | None = None) -> Data:
         """The item in OpenAI's form; `content` None is the whole text so far."""
         if self.call is not None:
-            name = self.call.recipient.removeprefix("functions.")
+            name = short_name(self.call.recipient)
             call_id = f"call_{self.response}_{self.place}"
             given = {"type": "function_call", "call_id": call_id, "name": name, "arguments": "".join(self.pieces)}
             return {"id": self.id, **given, "status": status}

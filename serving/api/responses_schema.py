@@ -81,7 +81,7 @@ class ResponsesRequest(Asking):
     tools: list[FunctionItem] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    """taken and of no effect: a completion ends with its first call"""
+    """false ends the completion with its first call"""
     reasoning: ReasoningOptions | None = None
     text: TextOptions | None = None
     include: list[Includable] | None = None
@@ -124,6 +124,7 @@ class ResponsesRequest(Asking):
             model=self.model,
             conversation=conversation,
             must_call=must_call,
+            parallel_calls=self.parallel_tool_calls is not False,
             output_tokens=self.max_output_tokens,
             output_field="max_output_tokens",
             messages_field="input",

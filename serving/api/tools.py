@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from cluster.harmony import FunctionTool, Message, Reply, ToolCall
 from cluster.harmony.conversation import Recipient, ToolName
 from serving.api.errors import ApiError
-from serving.api.fields import Strict
+from serving.api.fields import ANY, Strict, drop_neutral
 from serving.api.structured import check_schema, fault_of_json
+from serving.attempt import is_to
 
 NAMESPACE = "functions"
 """in which the model knows a caller's functions"""
+TOOL_VALUES = 8000
+"""of the schemas of all tools of a request together: about two seconds of checking where they are new"""
 
 
 class Function(Strict):
@@ -51,11 +54,27 @@ CalledName = Annotated[Recipient, Field(max_length=128 - len(NAMESPACE) - 1)]
 """a function's name, or the full one of a tool that is no function, such as `browser.search`"""
 
 
+def _choice_kind(choice: Any) -> str:
+    return "named" if isinstance(choice, dict | NamedTool) else "word"
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("word")] | Annotated[NamedTool, Tag("named")],
+    Discriminator(_choice_kind),
+]
+
+
 class CalledFunction(Strict):
     """A call as the model made it."""
 
     name: CalledName
     arguments: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_clients_send_it(cls, value: Any) -> Any:
+        # OpenAI's own client sends back what it made of the arguments.
+        return drop_neutral(value, {"parsed_arguments": (ANY,)})
 
 
 class Call(Strict):
@@ -64,6 +83,12 @@ class Call(Strict):
     id: Annotated[str, Field(min_length=1, max_length=256)]
     type: Literal["function"] = "function"
     function: CalledFunction
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_clients_send_it(cls, value: Any) -> Any:
+        # A client that put a call together from a stream may leave its number in.
+        return drop_neutral(value, {"index": (ANY,)})
 
 
 def function_tools(tools: Sequence[Function], places: str = "tools.{}.function") -> tuple[FunctionTool, ...]:
@@ -76,20 +101,27 @@ def function_tools(tools: Sequence[Function], places: str = "tools.{}.function")
         ApiError: 400 for a name that comes twice, or parameters that are no usable schema of an object.
     """
     seen: dict[str, int] = {}
+    known = []
+    left = TOOL_VALUES
     for number, tool in enumerate(tools):
         place = places.format(number)
         if tool.name in seen:
             message = f"{place}.name: {tool.name!r} is the name of tool {seen[tool.name]} too"
             raise ApiError(400, message, param=f"{place}.name", code="invalid_value")
         seen[tool.name] = number
+        parameters = None
         if tool.parameters is not None:
-            check_schema(tool.parameters, f"{place}.parameters")
+            schema = check_schema(tool.parameters, f"{place}.parameters")
+            left -= schema.values
+            if left < 0:
+                message = f"{place}.parameters: the schemas of all tools may have {TOOL_VALUES} values together"
+                raise ApiError(400, message, param=f"{place}.parameters", code="invalid_value")
             if tool.parameters.get("type", "object") != "object":
                 message = f"{place}.parameters: the type of a function's parameters is object"
                 raise ApiError(400, message, param=f"{place}.parameters", code="invalid_value")
-    return tuple(
-        FunctionTool(name=tool.name, description=tool.description or "", parameters=tool.parameters) for tool in tools
-    )
+            parameters = schema.written_out
+        known.append(FunctionTool(name=tool.name, description=tool.description or "", parameters=parameters))
+    return tuple(known)
 
 
 def must_call(choice: str | NamedTool | None, tools: Sequence[Function]) -> str | None:
@@ -116,12 +148,19 @@ def full_name(name: str) -> str:
     return name if "." in name else f"{NAMESPACE}.{name}"
 
 
+def short_name(recipient: str) -> str:
+    """The name by which a caller knows a tool: `full_name` of it is `recipient` again."""
+    name = recipient.removeprefix(f"{NAMESPACE}.")
+    return recipient if "." in name else name
+
+
 class Calls:
     """Calls of earlier turns, so that results find theirs."""
 
     def __init__(self) -> None:
         self._open: dict[str, str] = {}
         self._seen: set[str] = set()
+        self._place = ""
 
     def made(self, calls: Sequence[Call], place: str, *, thinking: str | None, preamble: str) -> list[Message]:
         """An assistant's calls as messages, the first with the thinking and the words that led to them.
@@ -129,6 +168,7 @@ class Calls:
         Raises:
             ApiError: 400 for an id that comes twice.
         """
+        self._place = place
         messages = []
         for number, call in enumerate(calls):
             function = call.function
@@ -167,11 +207,28 @@ class Calls:
             raise ApiError(400, f"{param}: {call_id!r} {reason}", param=param, code="invalid_value")
         return Message(role="tool", content=text, tool=recipient)
 
+    def settle(self) -> None:
+        """Somebody else speaks, or the model: every call has its result.
 
-def call_faults(reply: Reply, tools: Iterable[FunctionTool]) -> list[dict[str, Any]]:
-    """What is wrong with a reply's calls: for each that is no good its place, a code and a sentence."""
+        Raises:
+            ApiError: 400 that names the message with a call that has none.
+        """
+        for call_id in self._open:
+            param = f"{self._place}.tool_calls"
+            message = f"{param}: no tool message with tool_call_id {call_id!r} follows; send each call's result"
+            raise ApiError(400, message, param=param, code="invalid_value")
+
+
+def call_faults(reply: Reply, tools: Iterable[FunctionTool], wanted: str | None = None) -> list[dict[str, Any]]:
+    """What is wrong with a reply's calls: for each that is no good its place, a code and a sentence.
+
+    Args:
+        wanted: who had to be called, as `must_call` says it; a call that did not come has no place.
+    """
     known = {full_name(tool.name): tool for tool in tools}
-    found = []
+    found: list[dict[str, Any]] = []
+    if wanted and not any(is_to(call.recipient, wanted) for call in reply.tool_calls):
+        found.append({"index": None, "code": "missing_call", "message": f"{wanted} had to be called and was not"})
     for place, call in enumerate(reply.tool_calls):
         tool = known.get(call.recipient)
         if tool is None:

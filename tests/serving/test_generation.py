@@ -127,6 +127,22 @@ def test_thinking_is_closed_in_time_for_an_answer(batch: int) -> None:
     assert generation.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("share", [0.01, 0.25, 0.9])
+@pytest.mark.parametrize("budget", [1, 4, 8, 20])
+@pytest.mark.parametrize("must_call", [None, "functions.f", "functions"])
+def test_no_more_is_written_than_the_budget_holds(budget: int, share: float, must_call: str | None) -> None:
+    """An engine that holds a prompt and a budget holds every request of a choice, however small the budget is."""
+    thinking, instead = spell(CHANNEL, "analysis", MESSAGE, "and on " * 60), answer("", "4")
+    for completion in (thinking, instead, STRAYED):
+        engine = ScriptedEngine([completion], repeat=True)
+        policy = {"rescue_share": share, "on_malformed": "retry", "on_wrong_language": "retry"}
+        generation, _ = draw(engine, budget=budget, language="fr", must_call=must_call, policy=policy)
+        for prompt, sampling in engine.requests:
+            assert sampling.maximum_tokens >= 1
+            assert len(prompt) - len(PROMPT) + sampling.maximum_tokens <= budget
+        assert generation.tokens <= budget * generation.attempts
+
+
 @pytest.mark.parametrize("batch", [1, 7, 1000])
 def test_what_already_answers_is_not_rescued(batch: int) -> None:
     completion = answer("hm", "a long answer that goes on and on until the budget is all used up and more " * 3)

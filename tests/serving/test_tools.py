@@ -22,6 +22,15 @@ WEATHER = {
     },
 }
 CLOCK = {"type": "function", "function": {"name": "clock"}}
+LARGE: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "large", "parameters": {"properties": {"a": {"enum": list(range(1800))}}}},
+}
+MADE = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "a", "type": "function", "function": {"name": "clock", "arguments": "{}"}}],
+}
 ARGUMENTS = '{"city":"Nairobi"}'
 WIDE = {"prompt_tokens": 1900, "messages": 16, "body_bytes": 200_000}
 ENGINE = {"maximum_output_tokens": 148, "default_output_tokens": 140, "maximum_cached_tokens": 2048}
@@ -105,6 +114,17 @@ def test_a_round_trip_keeps_the_thinking_that_led_to_the_call() -> None:
         ({"messages": [{"role": "tool", "content": "y"}]}, "messages.0.tool_call_id"),
         ({"messages": [{"role": "assistant"}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages.0.tool_calls"),
+        ({"messages": [MADE]}, "messages.0.tool_calls"),
+        ({"messages": [MADE, {"role": "user", "content": "x"}]}, "messages.0.tool_calls"),
+        ({"messages": [MADE | {"reasoning": "a", "reasoning_content": "b"}]}, "messages.0.reasoning_content"),
+        ({"messages": [{"role": "assistant", "tool_calls": [
+            {"id": "a", "function": {"name": "x" * 120, "arguments": "{}"}}]}]},
+         "messages.0.tool_calls.0.function.name"),
+        ({"tools": [CLOCK], "tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": [CLOCK], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
+        ({"tools": [LARGE | {"function": LARGE["function"] | {"name": f"f{place}"}} for place in range(6)]},
+         "tools.4.function.parameters"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
@@ -117,12 +137,10 @@ def test_what_does_not_go_together_is_refused_by_name(fields: dict[str, Any], pa
 
 
 def test_a_result_is_given_once() -> None:
-    call = {"id": "a", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
-    made = {"role": "assistant", "content": None, "tool_calls": [call]}
     result = {"role": "tool", "tool_call_id": "a", "content": "noon"}
-    assert "result already" in refusal(messages=[made, result, result])["message"]
-    assert refusal(messages=[made, made])["param"] == "messages.1.tool_calls.0.id"
-    assert "to=functions.clock" in prompt_of(messages=[made, result])
+    assert "result already" in refusal(messages=[MADE, result, result])["message"]
+    assert refusal(messages=[MADE, MADE])["param"] == "messages.1.tool_calls.0.id"
+    assert "to=functions.clock" in prompt_of(messages=[MADE, result])
 
 
 @pytest.mark.parametrize(
@@ -130,7 +148,7 @@ def test_a_result_is_given_once() -> None:
     [
         ({"$ref": "#"}, "circular"),
         ({"$defs": {"a": {"properties": {"b": {"$ref": "#/$defs/a"}}}}, "$ref": "#/$defs/a"}, "circular"),
-        ({"$ref": "http://example.com/schema"}, "not in the schema itself"),
+        ({"$ref": "http://example.com/schema"}, "no place in the schema itself"),
         ({"$ref": "#/$defs/none"}, "points to nothing"),
         ({"$dynamicRef": "#x"}, "dynamic"),
         ({"type": "nothing"}, "is not valid"),
@@ -214,6 +232,62 @@ def test_a_tool_that_is_called_anyway_is_left_alone() -> None:
     assert ("forced" in choice, len(engine.requests)) == (False, 1)
 
 
+def test_a_call_that_must_come_is_asked_for() -> None:
+    named = {"type": "function", "function": {"name": "clock"}}
+    system = {"role": "system", "content": "Be brief."}
+    fields: dict[str, Any] = {
+        "tools": [WEATHER, CLOCK],
+        "reasoning_language": "fr",
+        "messages": [system, *chat()["messages"]],
+    }
+    engine = ScriptedEngine([call_of("functions.clock", "{}")] * 3)
+    ask(engine, tool_choice=named, **fields)
+    ask(engine, tool_choice="required", **fields)
+    ask(engine, tool_choice="auto", **fields)
+    one, some, none = (CODEC.decode(prompt) for prompt, _ in engine.requests)
+    assert "reasoning language: French\n\nBe brief.\n\nCall functions.clock before you answer.\n\n# Tools" in one
+    assert "Be brief.\n\nCall one of the tools in the namespace functions before you answer.\n\n# Tools" in some
+    assert "before you answer" not in none
+
+
+def test_a_call_that_had_to_come_and_did_not_is_told() -> None:
+    thinking = channel("analysis", "I think on and on. " * 20)
+    choice = ask(ScriptedEngine([thinking]), tools=[CLOCK], tool_choice="required", max_completion_tokens=20)
+    assert (choice["finish_reason"], choice["outcome"]) == ("length", "truncated_in_analysis")
+    (fault,) = choice["tool_errors"]
+    assert (fault["index"], fault["code"]) == (None, "missing_call")
+    assert "functions.clock" in fault["message"]
+
+
+@pytest.mark.parametrize("batch", [1, 1000])
+def test_one_call_at_a_time_where_no_more_are_wanted(batch: int) -> None:
+    call = call_of("functions.clock", "{}")
+    two = [*call[:-1], *spell(END, START, "assistant"), *call]
+    assert len(ask(ScriptedEngine([two], batch=batch), tools=[CLOCK])["message"]["tool_calls"]) == 2
+    engine = ScriptedEngine([two], batch=batch)
+    choice = ask(engine, tools=[CLOCK], parallel_tool_calls=False)
+    assert len(choice["message"]["tool_calls"]) == 1
+    assert (choice["finish_reason"], choice["outcome"]) == ("tool_calls", "tool_call")
+    assert engine.stats().running == 0
+
+
+def test_nested_types_are_told_in_full() -> None:
+    parameters = {
+        "type": "object",
+        "$defs": {"City": {"type": "object", "properties": {"name": {"type": "string"}}}},
+        "properties": {"city": {"$ref": "#/$defs/City"}},
+    }
+    text = prompt_of(tools=[{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+    assert "type f = (_: {\ncity?: {\n    name?: string,\n    },\n}) => any;" in text
+
+
+def test_names_of_calls_come_back_as_they_went() -> None:
+    for recipient in ("functions.f", "browser.search", "functions.a.b"):
+        message = ask(ScriptedEngine([call_of(recipient, "{}")]))["message"]
+        result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "x"}
+        assert f"assistant to={recipient}<|channel|>" in prompt_of(messages=[message, result])
+
+
 def test_any_tool_may_be_opened_by_its_namespace() -> None:
     rest = spell(".clock", CHANNEL, "commentary ", CONSTRAIN, "json", MESSAGE, "{}", CALL)
     choice = ask(ScriptedEngine([answer("hm", "no")[:], rest]), tools=[WEATHER, CLOCK], tool_choice="required")
@@ -289,6 +363,10 @@ def test_the_thinking_may_be_left_out(stream: bool) -> None:
     assert "SECRET" not in text
     assert "Four" in text
     assert '"reasoning"' not in text
+    # Nor do empty chunks tell how long it took.
+    if stream:
+        hidden = post(ScriptedEngine([answer("SECRET" * 9, "Four")]), body).text
+        assert hidden.count("data: ") == post(ScriptedEngine([answer("", "Four")]), body).text.count("data: ")
 
 
 @pytest.mark.parametrize("name", SPECIAL_TOKENS)
