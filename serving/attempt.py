@@ -180,11 +180,10 @@ class Attempt:
     def _next_opening(self) -> list[int]:
         """What the model is to go on from, after it has stopped; nothing where it is done."""
         if self._must_call() and (self.rescued or self._rewound()):
-            self.forced = True
             opening = self._way_out()
             if not self._fits(opening):
                 return []
-            self.forced = True
+            self.forced = self._reopened = True
             return opening
         if self.rescued and not self._reopened:
             self._reopened = True
