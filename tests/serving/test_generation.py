@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.harmony import CHANNEL, END, MESSAGE, RETURN, START
+from cluster.harmony import CALL, CHANNEL, END, MESSAGE, RETURN, START
 from cluster.languages import CATALOGUE, detect_language, detection_candidates, opening
 from serving.attempt import Wish
 from serving.config import PolicyConfig
@@ -125,6 +125,15 @@ def test_thinking_is_closed_in_time_for_an_answer(batch: int) -> None:
     assert generation.reasoning_tokens == 60
     assert generation.tokens == 60 + len(spell("Four", RETURN))
     assert generation.finish_reason == "stop"
+
+
+def test_thinking_is_closed_in_time_for_a_call_that_must_come() -> None:
+    thinking = spell(CHANNEL, "analysis", MESSAGE, "and on " * 60)
+    engine = ScriptedEngine([thinking, spell("{}", CALL)])
+    generation, _ = draw(engine, budget=80, must_call="functions.f", policy={"rescue_share": 0.5})
+    assert (generation.rescued, generation.forced, generation.finish_reason) == (True, True, "tool_calls")
+    assert [(call.recipient, call.arguments) for call in generation.reply.tool_calls] == [("functions.f", "{}")]
+    assert (generation.reply.outcome.value, len(engine.requests)) == ("tool_call", 2)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.25, 0.9])
