@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import httpx
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from cluster.harmony import CALL, CHANNEL, CONSTRAIN, MESSAGE, START
@@ -156,6 +156,7 @@ def test_every_request_is_answered_or_refused_and_its_text_stays_text(
     body = json.dumps(request, ensure_ascii=False)
     completion = _completion(recipient, text) if calls else answer("hm", text)
     status, controls, told = _post(body, completion)
+    event(f"status {status}")
     assert status in (ANSWERED, REFUSED, UNUSABLE), told
     if status == REFUSED:
         assert json.loads(told)["error"]["message"]
