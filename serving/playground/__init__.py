@@ -1,7 +1,8 @@
 """The playground: one static page at `/` that talks to the endpoint it came from, and to nothing else.
 
 The page holds no data of its own and needs no key; what it asks the endpoint for does. Its Content-Security-Policy
-allows its own script and style and connections to its own origin, so that no text of a model can load or run anything.
+allows its own script and style and connections to its own origin, so that no text of a model can load or run anything;
+Trusted Types make the browser refuse a script that would make markup of text.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from cluster.languages import CATALOGUE, Direction
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
     ),
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",

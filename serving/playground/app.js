@@ -72,6 +72,7 @@ const nameOf = (tag) => languages.get(tag)?.name ?? tag;
 
 async function call(path, options = {}) {
   const key = byId("key").value.trim();
+  if (/[^!-~]/.test(key)) throw new Refusal("The API key holds a character that no key has; paste it again.");
   const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
   let response;
   try {
@@ -238,11 +239,12 @@ class Turn {
 
   #take(chunk) {
     this.usage = chunk.usage ?? this.usage;
-    for (const choice of chunk.choices) {
+    for (const choice of chunk.choices ?? []) {
+      const delta = choice.delta ?? {};
       for (const [part, pane] of Object.entries(this.panes)) {
-        if (choice.delta[part]) this.#write(part, pane, choice.delta[part]);
+        if (delta[part]) this.#write(part, pane, delta[part]);
       }
-      for (const piece of choice.delta.tool_calls ?? []) this.#writeCall(piece);
+      for (const piece of delta.tool_calls ?? []) this.#writeCall(piece);
       if (choice.finish_reason) this.ending = choice;
     }
   }
@@ -296,7 +298,7 @@ class Turn {
     const { ending, abort } = this;
     const language = ending?.reasoning_language;
     this.panes.reasoning.declare(language?.detected ?? this.panes.reasoning.element.lang);
-    this.panes.content.declare(language?.answer.detected);
+    this.panes.content.declare(language?.answer?.detected);
     this.panes.commentary.flush();
     if (ending?.unparsed) {
       this.#reveal(this.unparsed.element);
@@ -318,7 +320,7 @@ class Turn {
     const figures = [];
     if (this.usage) {
       const { completion_tokens: tokens, completion_tokens_details: details } = this.usage;
-      figures.push(`${tokens} tokens, ${details.reasoning_tokens} of them thinking`);
+      figures.push(`${tokens} tokens${details ? `, ${details.reasoning_tokens} of them thinking` : ""}`);
       figures.push(`${(tokens / seconds).toFixed(1)} tokens/s`);
     }
     if (this.firstSeconds !== null) figures.push(`first token after ${this.firstSeconds.toFixed(2)} s`);
@@ -346,14 +348,19 @@ function badge(words, kind) {
   return item;
 }
 
+/** How a choice ended. Fields that another server, or an older one, leaves out have no badge. */
 function* endingBadges(ending) {
-  const { outcome, reasoning_language: language } = ending;
+  const { outcome = ending.finish_reason, reasoning_language: language } = ending;
   yield badge(OUTCOMES[outcome] ?? outcome, SOUND_OUTCOMES.includes(outcome) ? "good" : "fault");
-  const found = language.detected === UNDETERMINED ? "" : nameOf(language.detected);
-  const words = VERDICTS[language.verdict]?.(found, nameOf(language.requested)) ?? language.verdict;
-  const sure = found ? ` (${Math.round(language.confidence * 100)} % sure)` : "";
-  yield badge(words + sure, { followed: "good", not_followed: "fault" }[language.verdict] ?? "note");
-  if (language.answer.detected !== UNDETERMINED) yield badge(`answered in ${nameOf(language.answer.detected)}`, "note");
+  if (language) {
+    const { detected = UNDETERMINED, confidence, verdict, requested } = language;
+    const found = detected === UNDETERMINED ? "" : nameOf(detected);
+    const words = VERDICTS[verdict]?.(found, nameOf(requested)) ?? verdict ?? "language not told";
+    const sure = found && confidence != null ? ` (${Math.round(confidence * 100)} % sure)` : "";
+    yield badge(words + sure, { followed: "good", not_followed: "fault" }[verdict] ?? "note");
+  }
+  const spoken = language?.answer?.detected ?? UNDETERMINED;
+  if (spoken !== UNDETERMINED) yield badge(`answered in ${nameOf(spoken)}`, "note");
   if (ending.rescued) yield badge("rescued: thinking was closed so that an answer fits", "note");
   if (ending.forced) yield badge("the call was begun for it", "note");
   if (ending.attempts > 1) yield badge(`${ending.attempts} attempts`, "note");
@@ -485,7 +492,8 @@ byId("composer").addEventListener("submit", (event) => {
 });
 byId("question").addEventListener("keydown", (event) => {
   // While an input method composes, Enter chooses a word.
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  // Safari ends the composition first, and tells it by the key code alone.
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
   event.preventDefault();
   if (!running) byId("composer").requestSubmit();
 });

@@ -45,6 +45,8 @@ def test_each_file_comes_whole_with_headers_that_keep_everything_else_out(path: 
         "base-uri": nothing,
         "form-action": nothing,
         "frame-ancestors": nothing,
+        "require-trusted-types-for": "'script'",
+        "trusted-types": nothing,
     }
     assert response.headers["x-content-type-options"] == "nosniff"
     assert response.headers["referrer-policy"] == "no-referrer"

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import pytest
@@ -179,6 +180,69 @@ def test_an_error_within_the_stream_leaves_what_came_before_it(browser: Browser)
         assert THINKING.startswith(text_of(page, "reasoning"))
 
 
+@pytest.mark.parametrize(
+    ("stream", "sentence"),
+    [
+        ('data: {"choices":[{"delta":{"content":"Half"}}]}\n\n', "The connection ended before the answer did."),
+        ('data: {"choices":[{"delta":{"content":"Half"}}]}\n\ndata: {"error":{"message":"lost"}}\n\n', "lost"),
+    ],
+)
+def test_a_stream_that_breaks_off_says_so_and_keeps_what_came(browser: Browser, stream: str, sentence: str) -> None:
+    with served(ScriptedEngine([])) as url, opened(browser, url) as page:
+        page.route("**/v1/chat/completions", lambda route: route.fulfill(body=stream, content_type="text/event-stream"))
+        ask(page)
+        assert page.locator(f"{LAST} .error").inner_text() == sentence
+        assert text_of(page, "content") == "Half"
+
+
+@pytest.mark.parametrize("language", [None, {}, {"detected": "en", "verdict": "novel"}])
+def test_fields_that_are_missing_or_new_do_no_harm(browser: Browser, language: dict[str, str] | None) -> None:
+    ending = {"delta": {}, "finish_reason": "stop"} | ({} if language is None else {"reasoning_language": language})
+    chunks = [
+        {"choices": [{"delta": {"reasoning": "Hm.", "novel": [1]}}], "novel": {}},
+        {"choices": [{"delta": {"content": "Four"}}]},
+        {"choices": [ending]},
+        {"usage": {"completion_tokens": 9}},
+    ]
+    stream = "".join(f": a comment\r\ndata: {json.dumps(chunk)}\r\n\r\n" for chunk in chunks) + "data: [DONE]\r\n\r\n"
+    faults: list[str] = []
+    with served(ScriptedEngine([])) as url, opened(browser, url, faults) as page:
+        page.route("**/v1/chat/completions", lambda route: route.fulfill(body=stream, content_type="text/event-stream"))
+        ask(page)
+        assert (text_of(page, "reasoning"), text_of(page, "content")) == ("Hm.", "Four")
+        assert badges(page)[0] == "stop"
+        assert page.locator(f"{LAST} .figures").inner_text().startswith("9 tokens · ")
+        expect(page.locator(f"{LAST} .error")).to_be_hidden()
+        expect(page.locator("#send")).to_be_enabled()
+    assert faults == []
+
+
+def test_the_browser_refuses_to_make_markup_of_text(browser: Browser) -> None:
+    with served(ScriptedEngine([])) as url, opened(browser, url) as page:
+        tried = """() => {
+            try { document.querySelector("h1").innerHTML = "<b>bold</b>"; } catch (error) { return error.name; }
+        }"""
+        assert page.evaluate(tried) == "TypeError"
+        assert page.locator("h1").inner_text() == "Raysoner"
+
+
+def test_a_long_question_leaves_room_for_what_came_of_it(browser: Browser) -> None:
+    with served(ScriptedEngine([])) as url, opened(browser, url) as page:
+        ask(page, "two " * 5000)
+        expect(page.locator(f"{LAST} .error")).to_contain_text("the prompt takes")
+        box = page.locator(f"{LAST} h2").bounding_box()
+        assert box is not None
+        assert box["height"] < 250
+
+
+def test_a_key_with_a_character_that_cannot_be_sent_is_told_apart_from_a_lost_server(browser: Browser) -> None:
+    with served(ScriptedEngine([])) as url, opened(browser, url) as page:
+        page.click("#key-fold summary")
+        page.fill("#key", "rs-“quoted”")
+        page.press("#key", "Tab")
+        expect(page.locator("#notice")).to_contain_text("The API key holds a character")
+
+
 def test_the_keyboard_is_enough(browser: Browser) -> None:
     engine = ScriptedEngine([answer(THINKING, "two " * 900), answer(THINKING, "Four")], pause=0.01)
     with served(engine) as url, opened(browser, url) as page:
@@ -288,3 +352,53 @@ def test_on_a_phone_the_panes_stand_below_each_other_and_nothing_is_wider_than_t
         assert thinking is not None
         assert final is not None
         assert thinking["y"] == final["y"]
+
+
+CONTRAST = """() => {
+  const parts = (colour) => (colour.match(/[\\d.]+/g) ?? []).map(Number);
+  const light = (colour) => {
+    const [r, g, b] = colour.slice(0, 3).map((each) => {
+      const part = each / 255;
+      return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (element) => {
+    for (let each = element; each; each = each.parentElement) {
+      const colour = parts(getComputedStyle(each).backgroundColor);
+      if (colour.length === 3 || colour[3] === 1) return light(colour);
+    }
+  };
+  const found = [];
+  for (const element of document.querySelectorAll("body *")) {
+    const worded = [...element.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim());
+    const field = element.matches("input, select, textarea");
+    if (!(worded || field) || !element.checkVisibility() || element.closest(".unseen, :disabled")) continue;
+    for (const pseudo of field ? [null, "::placeholder"] : [null]) {
+      const own = light(parts(getComputedStyle(element, pseudo).color));
+      const [low, high] = [own, behind(element)].sort((a, b) => a - b);
+      const name = element.tagName + " " + (element.id || element.className || element.textContent);
+      found.push([name, (high + 0.05) / (low + 0.05)]);
+    }
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_on_the_page_has_the_contrast_that_wcag_aa_asks_for(
+    browser: Browser, scheme: Literal["light", "dark"]
+) -> None:
+    completion = [*spell("an aside"), *answer(THINKING, "Four")]
+    engine = ScriptedEngine([answer(THINKING, "Four")] * 2 + [completion])
+    with served(engine) as url, opened(browser, url, color_scheme=scheme) as page:
+        for summary in page.locator("summary").all():
+            summary.click()
+        for language in ("English", "French", "", "Frensh"):
+            ask(page, language=language)
+        page.locator(".as-curl").first.click()
+        measured = page.evaluate(CONTRAST)
+        assert len(measured) > 60
+        assert [(name, ratio) for name, ratio in measured if ratio < 4.5] == []
+        bright = "() => getComputedStyle(document.body).backgroundColor"
+        assert (page.evaluate(bright) == "rgb(247, 246, 243)") == (scheme == "light")
