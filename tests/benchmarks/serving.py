@@ -159,7 +159,7 @@ def _settings(name: str, options: argparse.Namespace) -> dict[str, Any]:
             "maximum_output_tokens": options.output_tokens,
             "default_output_tokens": options.output_tokens,
         },
-        "replicas": {"gpus": gpus, "maximum_ongoing_requests": 2 * options.streams, "graceful_shutdown_seconds": 1},
+        "replicas": {"gpus": gpus, "target_ongoing_requests": options.streams, "graceful_shutdown_seconds": 1},
         "limits": {"prompt_tokens": options.prompt_tokens + MARGIN_TOKENS, "waiting_requests": options.streams},
     }
 
