@@ -292,7 +292,7 @@ def test_a_dense_base_has_the_arithmetics_precision(toml: Path) -> None:
 
 def test_a_wrong_key_answers_within_a_second_without_torch_or_ray(toml: Path) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "training", "run", "--config", str(toml), "--lora.rnk", "3"]
-    seconds = []
+    seconds: list[float] = []
     while len(seconds) < 2 or (min(seconds) >= 1.0 and len(seconds) < 10):  # a busy machine is slow now and then
         started = time.monotonic()
         result = subprocess.run(command, capture_output=True, text=True)
