@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 
 from serving.config import LimitsConfig, ServingConfig
-from serving.engines.base import Batch, Engine, EngineError, EngineStats, Sampling
+from serving.engines.base import Batch, Engine, EngineError, EngineView, Sampling
 from serving.fairness import FairQueue, Ticket
 
 _RATE_SECONDS = 30.0
@@ -231,10 +231,11 @@ class Admission:
         return OverloadedError(message, max(1, min(seconds, math.ceil(self.limits.waiting_seconds))))
 
 
-class _Turns(Engine):
+class _Turns(EngineView):
     """One request's view of the engine."""
 
     def __init__(self, admission: Admission, key: str, deadline: float, *, refused: bool) -> None:
+        super().__init__(admission.engine)
         self._admission = admission
         self._key = key
         self._deadline = deadline
@@ -247,7 +248,7 @@ class _Turns(Engine):
         if self._deadline <= admission._clock():
             raise _deadline_exceeded(admission.limits)
         ticket = await admission._enter(self._key, len(prompt) + sampling.maximum_tokens, self._deadline)
-        passage = _Passage(admission, ticket, admission.engine.generate(prompt, sampling), len(prompt))
+        passage = _Passage(admission, ticket, self.engine.generate(prompt, sampling), len(prompt))
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self._deadline - admission._clock(), passage.expire)
         batches = passage.batches
@@ -269,15 +270,6 @@ class _Turns(Engine):
         finally:
             timer.cancel()
             await passage.close()
-
-    def healthy(self) -> bool:
-        return self._admission.engine.healthy()
-
-    def stats(self) -> EngineStats:
-        return self._admission.engine.stats()
-
-    def stop(self) -> None:
-        self._admission.engine.stop()
 
 
 class _Passage:

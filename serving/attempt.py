@@ -33,6 +33,8 @@ class Faults(NamedTuple):
 
     calls: list[dict[str, Any]]
     answer: str | None
+    formed: bool = False
+    """whether the answer was to have a form"""
 
     def __bool__(self) -> bool:
         return bool(self.calls) or self.answer is not None

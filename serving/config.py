@@ -169,6 +169,17 @@ class ServingConfig(Config):
         """Tokens of the longest prompt and the longest answer together."""
         return self.limits.prompt_tokens + self.engine.maximum_output_tokens
 
+    def with_absolute_paths(self) -> ServingConfig:
+        """The same, for processes that run in other folders."""
+
+        def absolute(path: str) -> str:
+            return str(Path(path).expanduser().absolute())
+
+        model = self.model.model_copy(update={"path": absolute(self.model.path)})
+        keys = self.security.keys
+        security = self.security if keys is None else self.security.model_copy(update={"keys": absolute(keys)})
+        return self.model_copy(update={"model": model, "security": security})
+
     @model_validator(mode="after")
     def _fits_together(self) -> ServingConfig:
         engine, replicas = self.engine, self.replicas

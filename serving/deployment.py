@@ -45,7 +45,8 @@ def deploy(config: ServingConfig) -> int:
         ConfigError: the address cannot be had or would let everybody in, or this machine has not what a replica needs.
     """
     _require_keys(config)
-    config = _with_absolute_paths(config)
+    # Replicas run in other folders than this process: only an absolute path means the same to them.
+    config = config.with_absolute_paths()
     if "RAY_ADDRESS" in os.environ:
         return _deploy_on_cluster(config)
     return _deploy_locally(config)
@@ -131,9 +132,17 @@ def _drain(config: ServingConfig) -> None:
 def connect_to_cluster() -> None:
     """Joins the cluster of RAY_ADDRESS, and brings along the two packages that its workers import."""
     packages = [str(Path(str(module.__file__)).parent) for module in (cluster, serving)]
+    join_cluster(runtime_env={"py_modules": packages, "env_vars": CALLBACK})
+
+
+def join_cluster(**options: Any) -> None:
+    """Joins the cluster of RAY_ADDRESS; `options` are more of `ray.init`'s.
+
+    Raises:
+        ConfigError: no cluster answers there.
+    """
     try:
-        environment = {"py_modules": packages, "env_vars": CALLBACK}
-        ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
     except ConnectionError as error:
         raise ConfigError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray cluster answers there") from error
 
@@ -157,19 +166,6 @@ def _reason(application: str, error: RuntimeError) -> str:
     trace = "\n".join([str(error), *(deployment.message for deployment in deployments)])
     ours = re.findall(rf"^(?:[\w.]+\.)?(?:{_OUR_ERRORS}): (.+)$", trace, re.MULTILINE)
     return str(ours[-1]) if ours else trace
-
-
-def _with_absolute_paths(config: ServingConfig) -> ServingConfig:
-    """Replicas run in other folders than this process: only an absolute path means the same to them."""
-
-    def absolute(path: str) -> str:
-        return str(Path(path).expanduser().absolute())
-
-    model = config.model.model_copy(update={"path": absolute(config.model.path)})
-    security = config.security
-    if security.keys is not None:
-        security = security.model_copy(update={"keys": absolute(security.keys)})
-    return config.model_copy(update={"model": model, "security": security})
 
 
 def _require_keys(config: ServingConfig) -> None:

@@ -98,6 +98,7 @@ class Generation:
             GenerationError: the policy is `fail`, and no attempt was good.
             EngineError, ValueError: as `Engine.generate`.
         """
+        live = self.live
         best: _Judged | None = None
         judged: _Judged | None = None
         for attempt in self._plan():
@@ -108,7 +109,7 @@ class Generation:
             held: list[Step] = []
             async with aclosing(attempt.stream()) as steps:
                 async for step in steps:
-                    if self.live:
+                    if live:
                         yield step
                     else:
                         held.append(step)
@@ -117,10 +118,10 @@ class Generation:
             judged = await asyncio.to_thread(_judge, attempt, held, self._wish)
             if best is None or judged.faults <= best.faults:
                 best = judged
-            if self.live or not judged.faults:
+            if live or not judged.faults:
                 break
         assert best is not None, "a plan has at least one attempt"
-        if best.faults and not self.live:
+        if best.faults and not live:
             self._refuse(best)
         self._attempt = best.attempt
         self.reply, self.language, self.faults = best.attempt.reply, best.language, best.found
@@ -130,6 +131,15 @@ class Generation:
         self.done = True
         for step in best.steps:
             yield step
+
+    async def whole(self) -> list[Step]:
+        """All steps, once the choice has ended.
+
+        Raises:
+            Exception: as `stream`.
+        """
+        async with aclosing(self.stream()) as steps:
+            return [step async for step in steps]
 
     def _plan(self) -> Iterator[Attempt]:
         """Attempts in order, each made when the one before was no good; the last begins the thinking itself."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -15,8 +14,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from cluster.config import ConfigError
-from serving.client.connection import DEFAULT_URL, KEY_VARIABLE, RefusedError, connect, raise_for_error, silence
+from serving.client.ask import connected
+from serving.client.connection import DEFAULT_URL, KEY_VARIABLE, RefusedError, models, silence
 
 _TIMEOUT = 10.0
 _ASKED_FOR_EACH = 8
@@ -71,11 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--url", default=DEFAULT_URL, help="address of the endpoint (default: %(default)s)")
     parser.add_argument("--application", metavar="NAME", help="look at this application of the cluster alone")
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead of tables")
-    flags = parser.parse_args(list(arguments))
-    try:
-        http = connect(flags.url)
-    except ValueError as error:
-        parser.error(str(error))
+    flags, http = connected(parser, arguments)
     applications = _applications(flags.application) if "RAY_ADDRESS" in os.environ else None
     with http:
         found = ask(http, applications)
@@ -126,10 +121,9 @@ def _applications(name: str | None) -> list[ApplicationStatus]:
     import ray
     from ray import serve
 
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
-    except ConnectionError as error:
-        raise ConfigError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray cluster answers there") from error
+    from serving.deployment import join_cluster
+
+    join_cluster()
     try:
         found = []
         for title, overview in serve.status().applications.items():
@@ -189,14 +183,14 @@ def _ready(http: httpx.Client) -> bool | None:
 
 
 def _models(http: httpx.Client, problems: list[str]) -> list[str] | None:
-    response = http.get("/v1/models", timeout=_TIMEOUT)
     try:
-        raise_for_error(response)
-        return [str(model["id"]) for model in response.json()["data"]]
-    except (RefusedError, ValueError, KeyError, TypeError) as error:
-        told = error if isinstance(error, RefusedError) else "the endpoint does not list its models"
-        problems.append(f"models unknown: {told}")
+        names = models(http, timeout=_TIMEOUT)
+    except RefusedError as error:
+        problems.append(f"models unknown: {error}")
         return None
+    if names is None:
+        problems.append("models unknown: the endpoint does not list its models")
+    return names
 
 
 def _show(found: EndpointStatus, console: Console) -> None:

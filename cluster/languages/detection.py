@@ -101,7 +101,7 @@ def detect(text: str, among: Iterable[str] | None = None) -> Detection:
     script = max(counts, key=lambda name: counts[name])
     candidates = by_script[script]
     share = counts[script] / total
-    if script in ("Hani", "Hrkt") and "ja" in candidates and counts.get("Hrkt"):
+    if script in ("Hani", "Hrkt") and counts.get("Hrkt"):
         return Detection("ja", (counts["Hani"] + counts["Hrkt"]) / total)
     if script == "Hani":
         return Detection(_of_ideographs(text, candidates), share)

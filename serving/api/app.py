@@ -12,22 +12,17 @@ from starlette.exceptions import HTTPException
 
 from cluster.harmony import Codec
 from serving import playground
-from serving.admission import DeadlineError, OverloadedError
 from serving.api import chat, responses
 from serving.api.chat_schema import ChatRequest
-from serving.api.errors import ApiError, to_api_error
+from serving.api.errors import TOLD, ApiError, to_api_error
 from serving.api.handling import Endpoint, answer
 from serving.api.openapi import describe
 from serving.api.responses_schema import ResponsesRequest
 from serving.config import ServingConfig
-from serving.engines.base import Engine, EngineError
-from serving.generation import GenerationError
-from serving.keys import InvalidKeyError, RateLimitError
+from serving.engines.base import Engine
 from serving.services import Services
 
 DONE = "data: [DONE]\n\n"
-TOLD = (ApiError, EngineError, GenerationError, OverloadedError, DeadlineError, InvalidKeyError, RateLimitError)
-"""exceptions that are answers; Starlette raises again, as a bug, what only the handler of Exception has answered"""
 
 
 def create_app(config: ServingConfig, codec: Codec, engine: Engine, services: Services | None = None) -> FastAPI:
@@ -77,6 +72,7 @@ def create_app(config: ServingConfig, codec: Codec, engine: Engine, services: Se
         message = f"{request.method} {request.url.path}: {error.detail}"
         return JSONResponse(ApiError(error.status_code, message).body, error.status_code, headers=error.headers)
 
+    # Starlette raises again, as a bug, what only the handler of Exception has answered.
     for kind in (*TOLD, Exception):
         app.add_exception_handler(kind, _refuse)
     describe(app, {"/v1/chat/completions": ChatRequest, "/v1/responses": ResponsesRequest})

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
-from cluster.harmony import Codec, Conversation, FunctionTool, Reply, ResponseFormat
+from pydantic import Field
+
+from cluster.harmony import Codec, Conversation, Effort, FunctionTool, Reply, ResponseFormat
 from cluster.languages import find_language
 from serving.api.errors import ApiError
+from serving.api.fields import Strict
 from serving.api.structured import fault_of_json
 from serving.api.tools import call_faults
 from serving.attempt import Faults, Wish
@@ -49,6 +53,71 @@ class Asked:
 DEFAULT_RESCUE_SHARE = 0.25
 
 
+class Asking(Strict, ABC):
+    """A request for an answer, whole or as a stream: what all interfaces take under the same names."""
+
+    model: str
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    parallel_tool_calls: bool | None = None
+    """false ends the completion with its first call"""
+    reasoning_language: str | None = None
+    """tag or name of the language to think in"""
+    on_malformed: OnFault | None = None
+    on_wrong_language: OnFault | None = None
+    retries: Annotated[int, Field(ge=0, le=8)] | None = None
+    rescue: bool | None = None
+    include_reasoning: bool | None = None
+    """false leaves the thinking out of the answer; usage, outcome and language still tell of it"""
+
+    @abstractmethod
+    def to_asked(self, default_effort: Effort) -> Asked:
+        """The request in the endpoint's own terms.
+
+        Raises:
+            ApiError: 400 for what cannot be used together, or at all.
+        """
+
+    @property
+    @abstractmethod
+    def brings_schemas(self) -> bool:
+        """Whether `to_asked` has schemas to check."""
+
+    @property
+    def shows_reasoning(self) -> bool:
+        """Whether the answer is to hold its thinking."""
+        return self.include_reasoning is not False
+
+    def common(self) -> dict[str, Any]:
+        """What of `Asked` follows from the fields above."""
+        return {
+            "model": self.model,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed,
+            "parallel_calls": self.parallel_tool_calls is not False,
+            "language": self.reasoning_language,
+            "on_malformed": self.on_malformed,
+            "on_wrong_language": self.on_wrong_language,
+            "retries": self.retries,
+            "rescue": self.rescue,
+        }
+
+
+async def understood(request: Asking, config: ServingConfig) -> Asked:
+    """The request in the endpoint's own terms, its schemas checked in a thread: that takes longer than the event loop
+    may stand still.
+
+    Raises:
+        ApiError: as `Asking.to_asked`.
+    """
+    if request.brings_schemas:
+        return await asyncio.to_thread(request.to_asked, config.default_effort)
+    return request.to_asked(config.default_effort)
+
+
 @dataclass(frozen=True)
 class Check:
     """Holds a reply against the tools and the answer's form that were asked for."""
@@ -60,9 +129,10 @@ class Check:
     def __call__(self, reply: Reply) -> Faults:
         """What is wrong; a reply that calls a tool owes no answer yet."""
         calls = call_faults(reply, self.tools, self.must_call) if reply.tool_calls or self.must_call else []
-        if self.form is None or (reply.tool_calls and not reply.final):
+        if self.form is None:
             return Faults(calls, None)
-        return Faults(calls, fault_of_json(reply.final, self.form.json_schema))
+        owed = bool(reply.final) or not reply.tool_calls
+        return Faults(calls, fault_of_json(reply.final, self.form.json_schema) if owed else None, formed=True)
 
 
 async def wishes(asked: Asked, config: ServingConfig, codec: Codec) -> list[Wish]:
@@ -88,7 +158,8 @@ async def wishes(asked: Asked, config: ServingConfig, codec: Codec) -> list[Wish
     tag, conversation = _in_language(asked, config)
     if asked.must_call:
         conversation = ask_for_call(conversation, asked.must_call)
-    prompt = await render(codec, conversation)
+    # In a thread: a long text takes longer to encode than the event loop may stand still.
+    prompt = await asyncio.to_thread(codec.prompt, conversation)
     if len(prompt) > limits.prompt_tokens:
         message = f"the prompt takes {len(prompt)} tokens, more than the {limits.prompt_tokens} that are allowed"
         raise _refused(asked.messages_field, message, code="context_length_exceeded")
@@ -114,11 +185,6 @@ async def wishes(asked: Asked, config: ServingConfig, codec: Codec) -> list[Wish
         wish if asked.seed is None else replace(wish, sampling=replace(sampling, seed=asked.seed + place))
         for place in range(asked.choices)
     ]
-
-
-async def render(codec: Codec, conversation: Conversation) -> list[int]:
-    """In a thread: a long text takes longer to encode than the event loop may stand still."""
-    return await asyncio.to_thread(codec.prompt, conversation)
 
 
 def _in_language(asked: Asked, config: ServingConfig) -> tuple[str | None, Conversation]:

@@ -5,7 +5,6 @@ Reference: https://platform.openai.com/docs/api-reference/chat
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.harmony import Codec, Delta, ParsedCall, Part
-from serving.api.asked import Check, wishes
+from serving.api.asked import understood, wishes
 from serving.api.chat_schema import ChatRequest
 from serving.api.findings import findings
 from serving.api.http import event, merged, to_json
@@ -23,6 +22,7 @@ from serving.attempt import DrawnToken, Step
 from serving.config import ServingConfig
 from serving.engines.base import Engine
 from serving.generation import Generation
+from serving.tasks import together
 
 _FIELDS: dict[Part, tuple[str, ...]] = {
     "analysis": ("reasoning", "reasoning_content"),
@@ -42,13 +42,7 @@ class ChatJob:
     id: str
     created: int
     model: str
-    check: Check
     codec: Codec
-
-    @property
-    def shows_reasoning(self) -> bool:
-        """Whether the answer holds its thinking."""
-        return self.request.include_reasoning is not False
 
 
 async def prepare(request: ChatRequest, config: ServingConfig, codec: Codec, engine: Engine) -> ChatJob:
@@ -57,12 +51,7 @@ async def prepare(request: ChatRequest, config: ServingConfig, codec: Codec, eng
     Raises:
         ApiError: as `wishes`.
     """
-    if request.tools or request.response_format:
-        # Schemas take longer to check than the event loop may stand still.
-        asked = await asyncio.to_thread(request.to_asked, config.default_effort)
-    else:
-        asked = request.to_asked(config.default_effort)
-    wanted = await wishes(asked, config, codec)
+    wanted = await wishes(await understood(request, config), config, codec)
     return ChatJob(
         request,
         choices=[Generation(engine, codec, wish) for wish in wanted],
@@ -70,21 +59,14 @@ async def prepare(request: ChatRequest, config: ServingConfig, codec: Codec, eng
         id=f"chatcmpl-{uuid.uuid4().hex}",
         created=int(time.time()),
         model=config.model.served_name,
-        check=Check(asked.conversation.tools, asked.conversation.response_format, asked.must_call),
         codec=codec,
     )
 
 
 async def complete(job: ChatJob) -> dict[str, Any]:
     """The answer in one piece."""
-    draws = [asyncio.create_task(_exhaust(choice)) for choice in job.choices]
-    try:
-        drawn = await asyncio.gather(*draws)
-    finally:
-        for draw in draws:
-            draw.cancel()
-        await asyncio.gather(*draws, return_exceptions=True)
-    choices = [_choice(job, index, tokens) for index, tokens in enumerate(drawn)]
+    drawn = await together(choice.whole() for choice in job.choices)
+    choices = [_choice(job, index, steps) for index, steps in enumerate(drawn)]
     return {**_envelope(job, "chat.completion"), "choices": choices, "usage": _usage(job)}
 
 
@@ -98,14 +80,6 @@ async def stream(job: ChatJob) -> AsyncGenerator[str, None]:
         yield event({**_envelope(job, "chat.completion.chunk"), "choices": [], "usage": _usage(job)})
 
 
-async def _exhaust(choice: Generation) -> list[DrawnToken]:
-    drawn: list[DrawnToken] = []
-    async with aclosing(choice.stream()) as steps:
-        async for step in steps:
-            drawn += step.drawn
-    return drawn
-
-
 class _Writer:
     """Writes the chunks of one choice as events; what all of them have is spelled once."""
 
@@ -114,7 +88,9 @@ class _Writer:
         self._head = f'data: {to_json(envelope)[:-1]},"choices":[{{"index":{index},"delta":'
         self._job = job
         self._index = index
-        self._names = {part: names for part, names in _FIELDS.items() if part != "analysis" or job.shows_reasoning}
+        self._names = {
+            part: names for part, names in _FIELDS.items() if part != "analysis" or job.request.shows_reasoning
+        }
 
     def chunk(self, delta: dict[str, Any], **others: Any) -> str:
         """A chunk with a delta, and with other fields of its choice."""
@@ -165,21 +141,22 @@ async def _events(job: ChatJob, index: int) -> AsyncGenerator[str, None]:
             if written := opening + writer.step(step):
                 yield written
             opening = ""
-    yield writer.chunk({}, **_ending(job, job.choices[index]))
+    yield writer.chunk({}, **_ending(job.choices[index]))
 
 
-def _choice(job: ChatJob, index: int, drawn: Sequence[DrawnToken]) -> dict[str, Any]:
+def _choice(job: ChatJob, index: int, steps: Sequence[Step]) -> dict[str, Any]:
     generation = job.choices[index]
     reply = generation.reply
     message: dict[str, Any] = {"role": "assistant", "content": reply.final}
-    if job.shows_reasoning:
+    if job.request.shows_reasoning:
         message |= {"reasoning": reply.analysis, "reasoning_content": reply.analysis}
     if reply.commentary:
         message["commentary"] = reply.commentary
     if reply.tool_calls:
         message["tool_calls"] = [_tool_call(job, index, place, call) for place, call in enumerate(reply.tool_calls)]
+    drawn = [token for step in steps for token in step.drawn]
     logprobs = _logprobs(job, drawn) if job.request.logprobs else None
-    return {"index": index, "message": message, "logprobs": logprobs, **_ending(job, generation)}
+    return {"index": index, "message": message, "logprobs": logprobs, **_ending(generation)}
 
 
 def _logprobs(job: ChatJob, drawn: Sequence[DrawnToken]) -> dict[str, Any]:
@@ -197,7 +174,7 @@ def _logprobs(job: ChatJob, drawn: Sequence[DrawnToken]) -> dict[str, Any]:
             if token.part == part
         ]
 
-    thinking = {"reasoning": of("analysis")} if job.shows_reasoning else {}
+    thinking = {"reasoning": of("analysis")} if job.request.shows_reasoning else {}
     return {"content": of("final"), "refusal": None, **thinking}
 
 
@@ -221,9 +198,9 @@ def _tool_call(job: ChatJob, index: int, place: int, call: ParsedCall) -> dict[s
     return {"id": f"call_{job.id.removeprefix('chatcmpl-')}_{number}", "type": "function", "function": function}
 
 
-def _ending(job: ChatJob, generation: Generation) -> dict[str, Any]:
+def _ending(generation: Generation) -> dict[str, Any]:
     """What is known of a choice once it has ended."""
-    return {"finish_reason": generation.finish_reason, **findings(generation, job.check)}
+    return {"finish_reason": generation.finish_reason, **findings(generation)}
 
 
 def _envelope(job: ChatJob, kind: str) -> dict[str, Any]:

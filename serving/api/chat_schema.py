@@ -10,18 +10,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from cluster.harmony import Conversation, Effort, Message, ResponseFormat
 from cluster.harmony.conversation import ToolName
-from serving.api.asked import Asked
+from serving.api.asked import Asked, Asking
 from serving.api.errors import ApiError
-from serving.api.fields import ANY, Strict, drop_neutral
-from serving.api.handling import Asking
-from serving.api.structured import check_schema
+from serving.api.fields import ANY, Strict, drop_neutral, single_or_list
+from serving.api.structured import JSON_OBJECT, schema_format
 from serving.api.tools import Call, Calls, Tool, ToolChoice, function_tools, must_call
-from serving.config import OnFault
 from serving.engines.base import MAXIMUM_LOGPROBS
 
 _NEUTRAL_REQUEST: dict[str, tuple[Any, ...]] = {
@@ -64,13 +62,9 @@ class TextPart(Strict):
     text: str
 
 
-def _content_kind(content: Any) -> str:
-    return "parts" if isinstance(content, list) else "string"
-
-
 Content = Annotated[
-    Annotated[str, Tag("string")] | Annotated[list[TextPart], Field(min_length=1), Tag("parts")],
-    Discriminator(_content_kind),
+    Annotated[str, Tag("single")] | Annotated[list[TextPart], Field(min_length=1), Tag("list")],
+    single_or_list(),
 ]
 
 
@@ -160,22 +154,16 @@ class AnswerFormat(Strict):
         if self.type == "text":
             return None
         if self.json_schema is None:
-            return ResponseFormat(name="json_object", json_schema={"type": "object"})
+            return JSON_OBJECT
         given = self.json_schema
-        check_schema(given.json_schema or {}, "response_format.json_schema.schema")
-        return ResponseFormat(name=given.name, description=given.description or "", json_schema=given.json_schema or {})
+        field = "response_format.json_schema.schema"
+        return schema_format(given.name, given.description, given.json_schema or {}, field)
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
-
-
-def _stop_kind(stop: Any) -> str:
-    return "several" if isinstance(stop, list) else "one"
-
-
 Stop = Annotated[
-    Annotated[StopString, Tag("one")] | Annotated[list[StopString], Field(max_length=4), Tag("several")],
-    Discriminator(_stop_kind),
+    Annotated[StopString, Tag("single")] | Annotated[list[StopString], Field(max_length=4), Tag("list")],
+    single_or_list(),
 ]
 """up to four strings before which the answer ends, as in OpenAI's interface"""
 
@@ -190,32 +178,19 @@ class StreamOptions(Strict):
 class ChatRequest(Asking):
     """A chat completion request: OpenAI's fields, and `reasoning_language` (a BCP-47 tag or a language's name)."""
 
-    model: str
     messages: Annotated[
         list[Annotated[ChatMessage, BeforeValidator(lambda value: drop_neutral(value, _NEUTRAL_MESSAGE))]],
         Field(min_length=1),
     ]
     max_completion_tokens: PositiveInt | None = None
     max_tokens: PositiveInt | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stream_options: StreamOptions | None = None
     reasoning_effort: Effort | None = None
-    reasoning_language: str | None = None
     n: PositiveInt | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | None = None
-    on_malformed: OnFault | None = None
-    on_wrong_language: OnFault | None = None
-    retries: Annotated[int, Field(ge=0, le=8)] | None = None
-    rescue: bool | None = None
-    include_reasoning: bool | None = None
-    """false leaves the thinking out of the answer; usage, outcome and language still tell of it"""
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     """none leaves the tools out of the prompt; a call that must come is asked for, and begun where it does not come"""
-    parallel_tool_calls: bool | None = None
-    """false ends the completion with its first call"""
     response_format: AnswerFormat | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAXIMUM_LOGPROBS)] | None = None
@@ -224,6 +199,10 @@ class ChatRequest(Asking):
     @classmethod
     def _asks_for_nothing_else(cls, value: Any) -> Any:
         return drop_neutral(value, _NEUTRAL_REQUEST)
+
+    @property
+    def brings_schemas(self) -> bool:
+        return bool(self.tools or self.response_format)
 
     def to_asked(self, default_effort: Effort) -> Asked:
         """The request in the endpoint's own terms; `max_completion_tokens` is the newer name and goes first.
@@ -254,23 +233,14 @@ class ChatRequest(Asking):
             message = "stream_options asks for nothing without stream: true"
             raise ApiError(400, message, param="stream_options", code="invalid_value")
         return Asked(
-            model=self.model,
+            **self.common(),
             conversation=conversation,
-            parallel_calls=self.parallel_tool_calls is not False,
             must_call=must_call(self.tool_choice, functions),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             choices=self.n or 1,
             output_tokens=self.max_completion_tokens or self.max_tokens,
             output_field="max_completion_tokens" if self.max_completion_tokens else "max_tokens",
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            language=self.reasoning_language,
-            on_malformed=self.on_malformed,
-            on_wrong_language=self.on_wrong_language,
-            retries=self.retries,
-            rescue=self.rescue,
         )
 
     @property

@@ -43,6 +43,10 @@ class ToldError(Exception):
         self.told = told
 
 
+TOLD = (ApiError, EngineError, GenerationError, OverloadedError, DeadlineError, InvalidKeyError, RateLimitError)
+"""exceptions that are answers; any other is a bug"""
+
+
 def to_api_error(error: Exception) -> ApiError:
     """What a client is told of an exception; a bug is logged, and told apart by nothing but its status."""
     if isinstance(error, ApiError):

@@ -19,11 +19,16 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-_KINDS = ("string", "parts", "one", "several", "word", "named")
+_KINDS = ("single", "list", "string", "word", "named")
 """tags of unions, which stand in an error's place and are no fields"""
 _BY_TYPE = "type="
 """what the tags of unions begin with that `by_type` chooses from"""
 RequestT = TypeVar("RequestT", bound=Strict)
+
+
+def single_or_list() -> Discriminator:
+    """Chooses between a union's two members, tagged `single` and `list`."""
+    return Discriminator(lambda value: "list" if isinstance(value, list) else "single")
 
 
 def by_type(default: str = "", plain: str = "") -> Discriminator:

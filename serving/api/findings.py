@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from serving.api.asked import Check
 from serving.generation import Generation
 
 
-def findings(generation: Generation, check: Check) -> dict[str, Any]:
+def findings(generation: Generation) -> dict[str, Any]:
     """How a choice ended, text outside any channel, what is wrong with calls and answer, and what was done about it.
 
     Fields that would tell of nothing are left out; `outcome` and `reasoning_language` always stand.
@@ -20,7 +19,7 @@ def findings(generation: Generation, check: Check) -> dict[str, Any]:
     faults = generation.faults
     if faults.calls:
         found["tool_errors"] = faults.calls
-    if check.form is not None:
+    if faults.formed:
         found["response_format"] = {"valid": faults.answer is None, "error": faults.answer}
     if generation.rescued:
         found["rescued"] = True

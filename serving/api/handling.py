@@ -12,11 +12,12 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from cluster.harmony import Codec
+from serving.api.asked import Asking
 from serving.api.errors import to_api_error
-from serving.api.fields import Strict, parse_request
+from serving.api.fields import parse_request
 from serving.api.http import event_stream, read_body, unless_disconnected
 from serving.config import ServingConfig
-from serving.engines.base import Batch, Engine, EngineStats, Sampling
+from serving.engines.base import Batch, Engine, EngineView, Sampling
 from serving.generation import Generation
 from serving.keys import ANONYMOUS, Caller, Reservation
 from serving.services import Services
@@ -37,12 +38,6 @@ class Endpoint:
         """How long tokens of a stream are gathered before they are sent, growing with what runs beside it."""
         longest = self.config.endpoint.gathering_seconds
         return longest * min(1.0, self.services.admission.running / _MANY_STREAMS) if longest else 0.0
-
-
-class Asking(Strict):
-    """A request for an answer, whole or as a stream."""
-
-    stream: bool | None = None
 
 
 class Job(Protocol):
@@ -175,16 +170,16 @@ class _Exchange:
                 metrics.rescued()
 
 
-class _MeasuredEngine(Engine):
+class _MeasuredEngine(EngineView):
     """An engine that tells an exchange when tokens come."""
 
     def __init__(self, engine: Engine, exchange: _Exchange) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._exchange = exchange
 
     async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Batch, None]:
         first = last = 0.0
-        async with aclosing(self._engine.generate(prompt, sampling)) as batches:
+        async with aclosing(self.engine.generate(prompt, sampling)) as batches:
             try:
                 async for batch in batches:
                     last = time.perf_counter()
@@ -194,12 +189,3 @@ class _MeasuredEngine(Engine):
                     yield batch
             finally:
                 self._exchange.token_seconds += last - first
-
-    def healthy(self) -> bool:
-        return self._engine.healthy()
-
-    def stats(self) -> EngineStats:
-        return self._engine.stats()
-
-    def stop(self) -> None:
-        self._engine.stop()

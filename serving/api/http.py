@@ -13,6 +13,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from serving.api.errors import ApiError, ToldError, to_api_error
+from serving.tasks import end
 
 ResultT = TypeVar("ResultT")
 
@@ -76,9 +77,7 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Result
             return task.result()
         raise ApiError(499, "the client closed the connection", code="client_closed_request")
     finally:
-        for pending in (task, hang_up):
-            pending.cancel()
-        await asyncio.gather(task, hang_up, return_exceptions=True)
+        await end((task, hang_up))
 
 
 async def merged(streams: Iterable[AsyncGenerator[ResultT, None]]) -> AsyncGenerator[ResultT, None]:
@@ -111,9 +110,7 @@ async def merged(streams: Iterable[AsyncGenerator[ResultT, None]]) -> AsyncGener
             else:
                 yield item
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(tasks)
 
 
 async def _first(events: AsyncGenerator[str, None]) -> str:

@@ -5,7 +5,6 @@ Reference: https://platform.openai.com/docs/api-reference/responses
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator
@@ -13,8 +12,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.harmony import Codec, Delta
-from serving.api.asked import Check, wishes
+from cluster.harmony import Codec
+from serving.api.asked import understood, wishes
 from serving.api.errors import ApiError, ToldError, to_api_error
 from serving.api.findings import findings
 from serving.api.http import event
@@ -37,7 +36,6 @@ class ResponsesJob:
     echo: dict[str, Any]
     """what the response repeats of the request"""
     shows_reasoning: bool
-    check: Check
 
 
 async def prepare(request: ResponsesRequest, config: ServingConfig, codec: Codec, engine: Engine) -> ResponsesJob:
@@ -46,12 +44,7 @@ async def prepare(request: ResponsesRequest, config: ServingConfig, codec: Codec
     Raises:
         ApiError: as `ResponsesRequest.to_asked` and `wishes`.
     """
-    if request.tools or request.text:
-        # Schemas take longer to check than the event loop may stand still.
-        asked = await asyncio.to_thread(request.to_asked, config.default_effort)
-    else:
-        asked = request.to_asked(config.default_effort)
-    (wish,) = await wishes(asked, config, codec)
+    (wish,) = await wishes(await understood(request, config), config, codec)
     return ResponsesJob(
         choices=[Generation(engine, codec, wish)],
         prompt_tokens=len(wish.prompt),
@@ -59,18 +52,14 @@ async def prepare(request: ResponsesRequest, config: ServingConfig, codec: Codec
         created=int(time.time()),
         model=config.model.served_name,
         echo=request.echo(config.default_effort),
-        shows_reasoning=request.include_reasoning is not False,
-        check=Check(asked.conversation.tools, asked.conversation.response_format),
+        shows_reasoning=request.shows_reasoning,
     )
 
 
 async def complete(job: ResponsesJob) -> dict[str, Any]:
     """The response in one piece."""
     (generation,) = job.choices
-    deltas: list[Delta] = []
-    async with aclosing(generation.stream()) as steps:
-        async for step in steps:
-            deltas += step.deltas
+    deltas = [delta for step in await generation.whole() for delta in step.deltas]
     output = Output(job.id, shows_reasoning=job.shows_reasoning)
     for _ in output.take(deltas, generation.calls):
         pass
@@ -136,7 +125,7 @@ def _ended(job: ResponsesJob, output: Output) -> dict[str, Any]:
         response = _response(job, "incomplete", output.items, incomplete_details=details)
     else:
         response = _response(job, "completed", output.items, completed_at=int(time.time()))
-    return {**response, "usage": _usage(job), **findings(generation, job.check)}
+    return {**response, "usage": _usage(job), **findings(generation)}
 
 
 def _response(job: ResponsesJob, status: str, output: list[dict[str, Any]], **known: Any) -> dict[str, Any]:

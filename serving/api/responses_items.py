@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from cluster.harmony import Message
-from serving.api.fields import ANY, Strict, by_type, drop_neutral
+from serving.api.fields import ANY, Strict, by_type, drop_neutral, single_or_list
 from serving.api.tools import CalledName, Calls
 
 _NEUTRAL_PART: dict[str, tuple[Any, ...]] = {
@@ -44,13 +44,9 @@ class TextPart(Strict):
         return drop_neutral(value, _NEUTRAL_PART)
 
 
-def _content_kind(content: Any) -> str:
-    return "parts" if isinstance(content, list) else "string"
-
-
 Content = Annotated[
-    Annotated[str, Tag("string")] | Annotated[list[TextPart], Tag("parts")],
-    Discriminator(_content_kind),
+    Annotated[str, Tag("single")] | Annotated[list[TextPart], Tag("list")],
+    single_or_list(),
 ]
 
 

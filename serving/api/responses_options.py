@@ -15,7 +15,7 @@ from cluster.harmony import Effort, FunctionTool, ResponseFormat
 from cluster.harmony.conversation import ToolName
 from serving.api.errors import ApiError
 from serving.api.fields import Strict, by_type, drop_neutral
-from serving.api.structured import check_schema
+from serving.api.structured import JSON_OBJECT, schema_format
 from serving.api.tools import Function, NamedFunction, full_name, function_tools, must_call
 
 _NEUTRAL_REASONING: dict[str, tuple[Any, ...]] = {
@@ -92,11 +92,8 @@ class TextOptions(Strict):
         """
         if isinstance(self.format, JsonSchemaFormat):
             given = self.format
-            check_schema(given.schema_, "text.format.schema")
-            return ResponseFormat(name=given.name, description=given.description or "", json_schema=given.schema_)
-        if isinstance(self.format, JsonObjectFormat):
-            return ResponseFormat(name="json_object", json_schema={"type": "object"})
-        return None
+            return schema_format(given.name, given.description, given.schema_, "text.format.schema")
+        return JSON_OBJECT if isinstance(self.format, JsonObjectFormat) else None
 
 
 class FunctionItem(Function):

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import Field, PositiveInt, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from cluster.harmony import Conversation, Effort, Message
-from serving.api.asked import Asked
-from serving.api.fields import ANY, drop_neutral
-from serving.api.handling import Asking
+from serving.api.asked import Asked, Asking
+from serving.api.fields import ANY, drop_neutral, single_or_list
 from serving.api.responses_items import Item, to_messages
 from serving.api.responses_options import FunctionItem, ReasoningOptions, TextOptions, ToolChoice, offered
-from serving.config import OnFault
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "access_programs": (),
@@ -59,29 +57,20 @@ Includable = Literal[
 Label = Annotated[str, Field(max_length=512)]
 
 
-def _input_kind(value: Any) -> str:
-    return "parts" if isinstance(value, list) else "string"
-
-
 Input = Annotated[
-    Annotated[str, Tag("string")] | Annotated[list[Item], Field(min_length=1), Tag("parts")],
-    Discriminator(_input_kind),
+    Annotated[str, Tag("single")] | Annotated[list[Item], Field(min_length=1), Tag("list")],
+    single_or_list(),
 ]
 
 
 class ResponsesRequest(Asking):
     """A request for a response: OpenAI's fields, and those of Raysoner's that chat completions have."""
 
-    model: str
     input: Input
     instructions: str | None = None
     max_output_tokens: PositiveInt | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     tools: list[FunctionItem] | None = None
     tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-    """false ends the completion with its first call"""
     reasoning: ReasoningOptions | None = None
     text: TextOptions | None = None
     include: list[Includable] | None = None
@@ -89,14 +78,6 @@ class ResponsesRequest(Asking):
     user: Label | None = None
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    reasoning_language: str | None = None
-    on_malformed: OnFault | None = None
-    on_wrong_language: OnFault | None = None
-    retries: Annotated[int, Field(ge=0, le=8)] | None = None
-    rescue: bool | None = None
-    include_reasoning: bool | None = None
-    """false leaves the thinking out of the response; usage, outcome and language still tell of it"""
 
     @model_validator(mode="before")
     @classmethod
@@ -104,6 +85,10 @@ class ResponsesRequest(Asking):
         if isinstance(value, dict):
             _refuse_state(value)
         return drop_neutral(value, _NEUTRAL)
+
+    @property
+    def brings_schemas(self) -> bool:
+        return bool(self.tools or self.text)
 
     def to_asked(self, default_effort: Effort) -> Asked:
         """The request in the endpoint's own terms.
@@ -121,21 +106,12 @@ class ResponsesRequest(Asking):
             reasoning_effort=self.effort(default_effort),
         )
         return Asked(
-            model=self.model,
+            **self.common(),
             conversation=conversation,
             must_call=must_call,
-            parallel_calls=self.parallel_tool_calls is not False,
             output_tokens=self.max_output_tokens,
             output_field="max_output_tokens",
             messages_field="input",
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=self.seed,
-            language=self.reasoning_language,
-            on_malformed=self.on_malformed,
-            on_wrong_language=self.on_wrong_language,
-            retries=self.retries,
-            rescue=self.rescue,
         )
 
     def effort(self, default: Effort) -> Effort:

@@ -21,6 +21,7 @@ from jsonschema.exceptions import SchemaError, ValidationError
 from jsonschema.validators import extend
 from referencing import Registry
 
+from cluster.harmony import ResponseFormat
 from serving.api.errors import ApiError
 
 MAXIMUM_DEPTH = 16
@@ -73,6 +74,20 @@ def check_schema(schema: dict[str, Any], field: str, most: int = MAXIMUM_VALUES)
         where = ".".join([field, *fault.place])
         shown = where if len(where) <= _SHOWN else f"{where[:_SHOWN]}…"
         raise ApiError(400, f"{shown}: {fault}", param=field, code="invalid_value") from None
+
+
+JSON_OBJECT = ResponseFormat(name="json_object", json_schema={"type": "object"})
+"""an answer that is any JSON object"""
+
+
+def schema_format(name: str, description: str | None, schema: dict[str, Any], field: str) -> ResponseFormat:
+    """An answer that follows a schema, as the codec writes it.
+
+    Raises:
+        ApiError: as `check_schema`.
+    """
+    check_schema(schema, field)
+    return ResponseFormat(name=name, description=description or "", json_schema=schema)
 
 
 def fault_of_json(text: str, schema: dict[str, Any] | None) -> str | None:

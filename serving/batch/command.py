@@ -33,7 +33,8 @@ def main(arguments: Sequence[str]) -> int:
     """
     parser = _parser()
     config, flags = parser.load(ServingConfig, arguments)
-    config, location = _absolute(config), _place(flags.input)
+    # Actors run in other folders than this process: only an absolute path means the same to them.
+    config, location = config.with_absolute_paths(), _place(flags.input)
     drawing = _drawing(flags, config)
     storage, names = inputs.open_input(location)
     suffix: outputs.Format = flags.format or ("parquet" if names[0].endswith(".parquet") else "jsonl")
@@ -116,22 +117,20 @@ def _on_ray(config: ServingConfig, work: Callable[[], int]) -> int:
     """Runs `work` on the cluster of RAY_ADDRESS, or on a Ray of its own."""
     import ray
 
-    if "RAY_ADDRESS" in os.environ:
-        from serving.deployment import connect_to_cluster
+    from serving.deployment import connect_to_cluster, require_resources
 
-        connect_to_cluster()
-    else:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            object_store_memory=OBJECT_STORE_BYTES,
-        )
-        from serving.deployment import require_resources
-
-        require_resources(config.replicas.model_copy(update={"minimum": 1}))
     try:
+        if "RAY_ADDRESS" in os.environ:
+            connect_to_cluster()
+        else:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                object_store_memory=OBJECT_STORE_BYTES,
+            )
+            require_resources(config.replicas.model_copy(update={"minimum": 1}))
         return work()
     finally:
         ray.shutdown()
@@ -221,11 +220,6 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _absolute(config: ServingConfig) -> ServingConfig:
-    """Actors run in other folders than this process: only an absolute path means the same to them."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": _place(config.model.path)})})
 
 
 def _place(location: str) -> str:

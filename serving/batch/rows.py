@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from contextlib import aclosing
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -20,6 +19,7 @@ from serving.batch.inputs import Line
 from serving.config import ServingConfig
 from serving.engines.base import Engine, EngineError
 from serving.generation import Generation, GenerationError
+from serving.tasks import together
 
 FIELDS = ("reasoning_language", "reasoning_effort")
 """what a row may say beside its conversation and its id; other columns are left alone"""
@@ -84,9 +84,7 @@ class Answering:
         asked = self._request(line).to_asked(self.config.default_effort)
         (wish,) = await wishes(asked, self.config, self.codec)
         generation = Generation(self.engine, self.codec, wish)
-        async with aclosing(generation.stream()) as steps:
-            async for _ in steps:
-                pass
+        await generation.whole()
         reply = generation.reply
         calls = [{"name": call.recipient, "arguments": call.arguments} for call in reply.tool_calls]
         return {
@@ -174,10 +172,4 @@ async def answer_all(answering: Answering, lines: list[Line], places: asyncio.Se
         async with places:
             return await answering.answer(line)
 
-    tasks = [asyncio.ensure_future(one(line)) for line in lines]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    return await together(one(line) for line in lines)

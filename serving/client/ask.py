@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 
+from cluster.harmony import Effort
 from serving.client.connection import (
     DEFAULT_URL,
     KEY_VARIABLE,
@@ -20,6 +21,8 @@ from serving.client.connection import (
     silence,
 )
 from serving.client.terminal import Answer, print_stream
+
+EFFORTS: tuple[Effort, ...] = get_args(Effort)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,7 +42,7 @@ def add_flags(found: argparse.ArgumentParser) -> None:
     found.add_argument("--url", default=DEFAULT_URL, help="address of the endpoint (default: %(default)s)")
     found.add_argument("--model", help="model to ask; the endpoint's only one if not given")
     found.add_argument("--language", help="language of the thinking: a tag such as fr, or a name such as French")
-    found.add_argument("--effort", choices=("low", "medium", "high"), help="how much to think")
+    found.add_argument("--effort", choices=EFFORTS, help="how much to think")
     found.add_argument("--system", help="system message")
     found.add_argument("--temperature", type=float, help="0 always takes the most likely token")
     found.add_argument("--maximum-tokens", type=int, help="budget of thinking and answer together")
@@ -47,12 +50,7 @@ def add_flags(found: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the verb; returns its exit status."""
-    flags_parser = parser()
-    flags = flags_parser.parse_args(list(arguments))
-    try:
-        http = connect(flags.url)
-    except ValueError as error:
-        flags_parser.error(str(error))
+    flags, http = connected(parser(), arguments)
     system = [{"role": "system", "content": flags.system}] if flags.system else []
     messages = [*system, {"role": "user", "content": flags.question}]
     try:
@@ -66,6 +64,15 @@ def main(arguments: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+def connected(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, httpx.Client]:
+    """The flags, and a client for their `url`. Ends the process, as `parse_args` does, where they are no good."""
+    flags = parser.parse_args(list(arguments))
+    try:
+        return flags, connect(flags.url)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def request(flags: argparse.Namespace, model: str) -> dict[str, Any]:

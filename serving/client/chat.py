@@ -12,11 +12,10 @@ from typing import Any
 
 import httpx
 
-from serving.client.ask import add_flags, request
-from serving.client.connection import KEY_VARIABLE, RefusedError, base_url, chunks, connect, only_model, silence
+from serving.client.ask import EFFORTS, add_flags, connected, request
+from serving.client.connection import KEY_VARIABLE, RefusedError, base_url, chunks, only_model, silence
 from serving.client.terminal import Answer, print_stream, styled
 
-EFFORTS = ("low", "medium", "high")
 HELP = """/language LANGUAGE   think in this language from now on, such as fr or French; without one, as the model likes
 /effort EFFORT       low, medium or high
 /reset               forget the conversation
@@ -40,12 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the verb; returns its exit status: 1 when the endpoint does not answer, or a turn in a pipe failed."""
-    flags_parser = parser()
-    flags = flags_parser.parse_args(list(arguments))
-    try:
-        http = connect(flags.url)
-    except ValueError as error:
-        flags_parser.error(str(error))
+    flags, http = connected(parser(), arguments)
     with http:
         try:
             chat = Chat(http, flags, flags.model or only_model(http))

@@ -69,15 +69,29 @@ def only_model(http: httpx.Client) -> str:
     Raises:
         RefusedError: the endpoint serves none or several, or refuses to say.
     """
-    response = http.get("/v1/models")
-    raise_for_error(response)
-    try:
-        names = [str(model["id"]) for model in response.json()["data"]]
-    except (ValueError, KeyError, TypeError):
-        raise RefusedError("the endpoint does not list its models; name one with --model") from None
+    names = models(http)
+    if names is None:
+        raise RefusedError("the endpoint does not list its models; name one with --model")
     if len(names) != 1:
         raise RefusedError(f"the endpoint serves {', '.join(names) or 'no model'}; choose one with --model")
     return names[0]
+
+
+def models(http: httpx.Client, **options: Any) -> list[str] | None:
+    """Names of the models that the endpoint serves; None where its answer is no list of them.
+
+    Args:
+        options: of httpx's `get`.
+
+    Raises:
+        RefusedError: it refuses to say.
+    """
+    response = http.get("/v1/models", **options)
+    raise_for_error(response)
+    try:
+        return [str(model["id"]) for model in response.json()["data"]]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def chunks(http: httpx.Client, request: dict[str, Any]) -> Generator[dict[str, Any], None, None]:

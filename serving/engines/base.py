@@ -119,3 +119,26 @@ class Engine(ABC):
     @abstractmethod
     def stop(self) -> None:
         """Ends the engine; generations in progress raise `EngineError`. A second call does nothing."""
+
+
+class EngineView(Engine):
+    """An engine as seen through something that changes or watches its generations; all else is the engine's own.
+
+    Args:
+        engine: what generates.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def healthy(self) -> bool:
+        return self.engine.healthy()
+
+    def stats(self) -> EngineStats:
+        return self.engine.stats()
+
+    async def drain(self, seconds: float) -> bool:
+        return await self.engine.drain(seconds)
+
+    def stop(self) -> None:
+        self.engine.stop()

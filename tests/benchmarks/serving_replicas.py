@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import cycle, islice
 
 from cluster.harmony import CHANNEL, MESSAGE, Codec
-from serving.engines.base import Batch, Engine, EngineStats, Sampling
+from serving.engines.base import Batch, Engine, EngineStats, EngineView, Sampling
 from serving.replica import Replica
 
 TEXT = (
@@ -76,11 +76,11 @@ class Clocked(Engine):
         """There is nothing to end."""
 
 
-class Timed(Engine):
+class Timed(EngineView):
     """An engine that notes how long each generation's first token took it."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+        super().__init__(engine)
         self.first_token_seconds: list[float] = []
 
     async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Batch, None]:
@@ -92,23 +92,14 @@ class Timed(Engine):
                     waiting = False
                 yield batch
 
-    def healthy(self) -> bool:
-        return self.engine.healthy()
 
-    def stats(self) -> EngineStats:
-        return self.engine.stats()
-
-    def stop(self) -> None:
-        self.engine.stop()
-
-
-class Readable(Engine):
+class Readable(EngineView):
     """An engine of random weights whose answers read as thinking: the header is written for it, and control tokens
     that it draws become a word. Otherwise nothing would be streamed: text without a header is told at the end.
     """
 
     def __init__(self, engine: Engine, codec: Codec) -> None:
-        self.engine = engine
+        super().__init__(engine)
         self._header = [codec.ids[CHANNEL], *codec.encode("analysis"), codec.ids[MESSAGE]]
         self._control = frozenset(codec.names)
         self._word = codec.encode(" the")[0]
@@ -121,15 +112,6 @@ class Readable(Engine):
                 words = [self._word if token in self._control else token for token in batch.tokens]
                 yield Batch(header + words)
                 header = []
-
-    def healthy(self) -> bool:
-        return self.engine.healthy()
-
-    def stats(self) -> EngineStats:
-        return self.engine.stats()
-
-    def stop(self) -> None:
-        self.engine.stop()
 
 
 class _TimedReplica(Replica):
