@@ -31,10 +31,11 @@ _REVALIDATED = "no-cache"
 """A browser asks each time and is told 304: page, script and style are always of one version."""
 _LANGUAGES_SECONDS = 3600
 
+_SCRIPTS = ("app.js", "endpoint.js", "languages.js", "page.js", "turn.js")
 _FILES = {
     "/": ("index.html", "text/html"),
-    "/playground/app.js": ("app.js", "text/javascript"),
     "/playground/style.css": ("style.css", "text/css"),
+    **{f"/playground/{name}": (name, "text/javascript") for name in _SCRIPTS},
 }
 """name and media type of what lies at each path"""
 

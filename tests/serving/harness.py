@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from cluster.harmony import CHANNEL, END, MESSAGE, RETURN, START, Codec
 from serving.api.app import create_app
 from serving.config import ServingConfig
 from serving.engines.base import Engine
+from serving.engines.scripted import ScriptedEngine
 from tests.serving.tiny import tiny_tokenizer
 
 CODEC = Codec(tiny_tokenizer())
@@ -56,6 +58,58 @@ def application(engine: Engine, /, **sections: dict[str, Any]) -> FastAPI:
 def http_client(app: FastAPI) -> httpx.AsyncClient:
     """A client that calls `app` in this process."""
     return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test", timeout=30)
+
+
+def send(path: str, engine: Engine, body: Any, /, **sections: dict[str, Any]) -> httpx.Response:
+    """The answer to a POST of `body`, bytes as they are or anything else as JSON."""
+
+    async def call() -> httpx.Response:
+        async with http_client(application(engine, **sections)) as http:
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            return await http.post(path, content=content)
+
+    return asyncio.run(call())
+
+
+def refusal(path: str, body: Any, /, **sections: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Status and error of a request that is refused before anything is drawn for it."""
+    engine = ScriptedEngine([answer("hm", "4")])
+    response = send(path, engine, body, **sections)
+    assert not engine.requests
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return response.status_code, error
+
+
+async def hang_up(app: FastAPI, path: str, body: Any, *, after: int) -> None:
+    """Speaks ASGI itself: a client that hangs up when it has so many pieces of the answer, at once with 0."""
+    incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    pieces = 0
+
+    async def take(_: Any) -> None:
+        nonlocal pieces
+        pieces += 1
+        if pieces == after:
+            incoming.put_nowait({"type": "http.disconnect"})
+
+    incoming.put_nowait({"type": "http.request", "body": json.dumps(body).encode(), "more_body": False})
+    if not after:
+        incoming.put_nowait({"type": "http.disconnect"})
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"content-type", b"application/json")],
+        "client": ("test", 1),
+        "server": ("test", 80),
+    }
+    await asyncio.wait_for(app(scope, incoming.get, take), timeout=30)
 
 
 def chat(text: str = "What is two plus two?", **fields: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any, get_args
 
@@ -11,7 +10,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 
 from cluster.harmony import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START
 from serving.engines.scripted import ScriptedEngine
-from tests.serving.harness import MODEL, answer, application, channel, http_client, spell
+from tests.serving.harness import MODEL, answer, channel, send, spell
 
 _UNION, *_ = get_args(ResponseStreamEvent)
 EVENTS = {get_args(event.model_fields["type"].annotation)[0]: event for event in get_args(_UNION)}
@@ -84,15 +83,9 @@ def ask(text: str = "What is two plus two?", /, **fields: Any) -> dict[str, Any]
     return {"model": MODEL, "input": text, **fields}
 
 
-def post(engine: ScriptedEngine, body: Any, **sections: Any) -> httpx.Response:
+def post(engine: ScriptedEngine, body: Any, /, **sections: Any) -> httpx.Response:
     """What the endpoint answers."""
-
-    async def call() -> httpx.Response:
-        async with http_client(application(engine, **sections)) as http:
-            content = body if isinstance(body, bytes) else json.dumps(body).encode()
-            return await http.post("/v1/responses", content=content)
-
-    return asyncio.run(call())
+    return send("/v1/responses", engine, body, **sections)
 
 
 def respond(completion: list[int], **fields: Any) -> dict[str, Any]:

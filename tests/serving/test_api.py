@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from typing import Any
 
@@ -20,8 +19,10 @@ from tests.serving.harness import (
     channel,
     chat,
     events,
+    hang_up,
     http_client,
     joined,
+    send,
     spell,
 )
 
@@ -36,12 +37,7 @@ def call_of(recipient: str, end: str = CALL) -> list[int]:
 
 
 def post(engine: ScriptedEngine, body: Any, /, **sections: Any) -> httpx.Response:
-    async def call() -> httpx.Response:
-        async with http_client(application(engine, **sections)) as http:
-            content = body if isinstance(body, bytes) else json.dumps(body).encode()
-            return await http.post("/v1/chat/completions", content=content)
-
-    return asyncio.run(call())
+    return send("/v1/chat/completions", engine, body, **sections)
 
 
 def get(engine: ScriptedEngine, path: str) -> httpx.Response:
@@ -283,40 +279,10 @@ def test_unknown_routes_answer_in_the_same_form() -> None:
 
 @pytest.mark.parametrize(("stream", "tokens_first"), [(False, 0), (True, 0), (True, 3)])
 def test_disconnect_cancels(stream: bool, tokens_first: int) -> None:
-    """Speaks ASGI itself: a client that hangs up before or after the first tokens."""
+    """A client that hangs up before or after the first tokens."""
     engine = ScriptedEngine([answer(ENGLISH, "Four")], pause=0.02)
-    body = json.dumps(chat(stream=stream)).encode()
-
-    async def run() -> None:
-        incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        sent: list[dict[str, Any]] = []
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-            if len(sent) > tokens_first > 0:
-                incoming.put_nowait({"type": "http.disconnect"})
-
-        incoming.put_nowait({"type": "http.request", "body": body, "more_body": False})
-        if not tokens_first:
-            incoming.put_nowait({"type": "http.disconnect"})
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": "1.1",
-            "method": "POST",
-            "scheme": "http",
-            "path": "/v1/chat/completions",
-            "raw_path": b"/v1/chat/completions",
-            "query_string": b"",
-            "root_path": "",
-            "headers": [(b"content-type", b"application/json")],
-            "client": ("test", 1),
-            "server": ("test", 80),
-        }
-        await asyncio.wait_for(application(engine)(scope, incoming.get, send), timeout=10)
-        await asyncio.sleep(0)
-
-    asyncio.run(run())
+    after = tokens_first and tokens_first + 1
+    asyncio.run(hang_up(application(engine), "/v1/chat/completions", chat(stream=stream), after=after))
     assert engine.stats().running == 0
     assert engine.cancelled == 1 or not engine.requests
     assert engine.stats().generated_tokens < 12

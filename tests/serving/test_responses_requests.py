@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from serving.engines.scripted import ScriptedEngine
-from tests.serving.harness import CODEC, MODEL, answer, spell
+from tests.serving.harness import CODEC, MODEL, answer, refusal, spell
 from tests.serving.responses_harness import ALL_KINDS, ARGUMENTS, WEATHER, ask, post, respond
 from tests.serving.tiny import SPECIAL_TOKENS
 
@@ -30,12 +30,7 @@ def prompt_of(body: dict[str, Any]) -> str:
 
 
 def refused(body: Any) -> tuple[int, dict[str, Any]]:
-    engine = ScriptedEngine([answer("hm", "4")])
-    response = post(engine, body)
-    assert not engine.requests
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return response.status_code, error
+    return refusal("/v1/responses", body)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from openai.types.responses import Response
 from serving.api.app import create_app
 from serving.engines.scripted import ScriptedEngine
 from serving.services import Services
-from tests.serving.harness import CODEC, channel, http_client, serving_config
+from tests.serving.harness import CODEC, application, channel, hang_up, http_client, serving_config
 from tests.serving.responses_harness import (
     CASES,
     FRENCH,
@@ -108,41 +108,7 @@ def test_an_engine_that_dies_mid_stream_ends_in_a_failed_response(tokens: int) -
 
 def test_a_client_that_leaves_ends_the_work() -> None:
     engine = ScriptedEngine([CASES["answer"]], pause=0.02)
-
-    async def run() -> None:
-        app = create_app(serving_config(), CODEC, engine)
-        body = asyncio.create_task(_leave_after(app, 3))
-        await asyncio.wait_for(body, timeout=30)
-
-    asyncio.run(run())
+    body = {"model": "tiny", "input": "hello", "stream": True}
+    asyncio.run(hang_up(application(engine), "/v1/responses", body, after=3))
     assert engine.stats().running == 0
     assert engine.cancelled == 1
-
-
-async def _leave_after(app: Any, messages: int) -> None:
-    """Speaks ASGI itself: the client hangs up when it has so many pieces of the answer."""
-    incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-    sent: list[Any] = []
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-        if len(sent) == messages:
-            incoming.put_nowait({"type": "http.disconnect"})
-
-    body = b'{"model":"tiny","input":"hello","stream":true}'
-    incoming.put_nowait({"type": "http.request", "body": body, "more_body": False})
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": "/v1/responses",
-        "raw_path": b"/v1/responses",
-        "query_string": b"",
-        "root_path": "",
-        "headers": [(b"content-type", b"application/json")],
-        "client": ("test", 1),
-        "server": ("test", 80),
-    }
-    await app(scope, incoming.get, send)

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.harmony import CONTROL_TOKENS
 from serving.engines.scripted import ScriptedEngine
-from tests.serving.harness import CODEC, MODEL, answer, application, chat, http_client
+from tests.serving.harness import CODEC, MODEL, answer, application, chat, http_client, refusal
 from tests.serving.test_api import post
 from tests.serving.tiny import SPECIAL_TOKENS
 
@@ -17,12 +17,7 @@ USER = {"role": "user", "content": "hello"}
 
 
 def refused(body: Any, **sections: Any) -> tuple[int, dict[str, Any]]:
-    engine = ScriptedEngine([answer("hm", "4")])
-    response = post(engine, body, **sections)
-    assert not engine.requests
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return response.status_code, error
+    return refusal("/v1/chat/completions", body, **sections)
 
 
 @pytest.mark.parametrize(
