@@ -89,3 +89,34 @@ def wait_until(holds: Any, seconds: float = SECONDS) -> None:
     while not holds():
         assert time.monotonic() < end, "it did not come about"
         time.sleep(0.02)
+
+
+CONTRAST = """() => {
+  const parts = (colour) => (colour.match(/[\\d.]+/g) ?? []).map(Number);
+  const light = (colour) => {
+    const [r, g, b] = colour.slice(0, 3).map((each) => {
+      const part = each / 255;
+      return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (element) => {
+    for (let each = element; each; each = each.parentElement) {
+      const colour = parts(getComputedStyle(each).backgroundColor);
+      if (colour.length === 3 || colour[3] === 1) return light(colour);
+    }
+  };
+  const found = [];
+  for (const element of document.querySelectorAll("body *")) {
+    const worded = [...element.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim());
+    const field = element.matches("input, select, textarea");
+    if (!(worded || field) || !element.checkVisibility() || element.closest(".unseen, :disabled")) continue;
+    for (const pseudo of field ? [null, "::placeholder"] : [null]) {
+      const own = light(parts(getComputedStyle(element, pseudo).color));
+      const [low, high] = [own, behind(element)].sort((a, b) => a - b);
+      const name = element.tagName + " " + (element.id || element.className || element.textContent);
+      found.push([name, (high + 0.05) / (low + 0.05)]);
+    }
+  }
+  return found;
+}"""

@@ -17,7 +17,7 @@ from cluster.harmony import CALL, CHANNEL, CONSTRAIN, MESSAGE, START
 from serving.engines.scripted import ScriptedEngine
 from serving.keys import ApiKey, KeyFile, hash_of, new_key
 from tests.serving.harness import CODEC, answer, channel, events, joined, spell
-from tests.serving.playground_browser import chromium, opened, served, wait_until
+from tests.serving.playground_browser import CONTRAST, chromium, opened, served, wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -352,37 +352,6 @@ def test_on_a_phone_the_panes_stand_below_each_other_and_nothing_is_wider_than_t
         assert thinking is not None
         assert final is not None
         assert thinking["y"] == final["y"]
-
-
-CONTRAST = """() => {
-  const parts = (colour) => (colour.match(/[\\d.]+/g) ?? []).map(Number);
-  const light = (colour) => {
-    const [r, g, b] = colour.slice(0, 3).map((each) => {
-      const part = each / 255;
-      return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
-    });
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const behind = (element) => {
-    for (let each = element; each; each = each.parentElement) {
-      const colour = parts(getComputedStyle(each).backgroundColor);
-      if (colour.length === 3 || colour[3] === 1) return light(colour);
-    }
-  };
-  const found = [];
-  for (const element of document.querySelectorAll("body *")) {
-    const worded = [...element.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim());
-    const field = element.matches("input, select, textarea");
-    if (!(worded || field) || !element.checkVisibility() || element.closest(".unseen, :disabled")) continue;
-    for (const pseudo of field ? [null, "::placeholder"] : [null]) {
-      const own = light(parts(getComputedStyle(element, pseudo).color));
-      const [low, high] = [own, behind(element)].sort((a, b) => a - b);
-      const name = element.tagName + " " + (element.id || element.className || element.textContent);
-      found.push([name, (high + 0.05) / (low + 0.05)]);
-    }
-  }
-  return found;
-}"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
