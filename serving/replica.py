@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from contextlib import aclosing
 from typing import Any
@@ -13,6 +14,7 @@ from cluster.harmony import Codec, Conversation, Message
 from serving.api.app import create_app
 from serving.autoscaling import QUEUE_SECONDS, RUNNING, TOKENS, WAITING, WAITING_TOKENS
 from serving.config import ServingConfig
+from serving.contract import judge
 from serving.engines.base import CheckpointError, Engine, EngineError, Sampling
 from serving.services import Services
 
@@ -73,7 +75,7 @@ class Replica:
 
 
 async def warm_up(engine: Engine, codec: Codec) -> None:
-    """Generate a few tokens, so that the first request finds everything loaded and compiled.
+    """Generate a few tokens and tell a language, so that the first request finds everything loaded and compiled.
 
     Raises:
         EngineError: nothing came.
@@ -85,6 +87,7 @@ async def warm_up(engine: Engine, codec: Codec) -> None:
             generated += len(batch.tokens)
     if not generated:
         raise EngineError("the engine generated nothing when it was tried out; the log above may say why")
+    await asyncio.to_thread(judge, "Languages of one script need a model to tell them apart.", "", None)
 
 
 def load_checkpoint(config: ServingConfig) -> tuple[Engine, Codec]:

@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from cluster.config import ConfigError
+from cluster.languages import detection
 from cluster.local import free_ports, stop_tree
 from serving.app import build
 from serving.autoscaling import REPORTED
@@ -59,6 +60,13 @@ def test_ready_only_after_something_was_generated(replica: Any) -> None:
     assert replica.engine.stats().generated_tokens == WARM_UP_TOKENS
     # Nobody's request: the endpoint's metrics do not count it.
     assert replica.services.metrics.total("queue_wait_seconds") == 0
+
+
+def test_ready_only_with_the_model_that_tells_languages_apart(replica: Any) -> None:
+    detection._identifier.cache_clear()
+    detection._whole_identifier.cache_clear()
+    asyncio.run(replica.__serve_build_asgi_app__())
+    assert detection._whole_identifier.cache_info().currsize == 1
 
 
 @pytest.mark.parametrize("script", [[], [[]]])
