@@ -205,7 +205,7 @@ def _show(found: EndpointStatus, console: Console) -> None:
     if found.replicas:
         console.print(_table(found.replicas))
     for problem in found.problems:
-        console.print(Text(problem, style="yellow" if found.healthy else "red"))
+        console.print(Text(problem, style="yellow" if found.healthy else "red"), soft_wrap=True)
 
 
 def _table(replicas: Sequence[ReplicaStatus]) -> Table:
