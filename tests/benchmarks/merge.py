@@ -3,9 +3,10 @@
 python -m tests.benchmarks.merge --model gpt-oss-20b
 
 Each row is a process of its own, so that peaks of memory are its own, and reads a base that is not in the page cache.
-`disk` writes zeros one after the other, before and after; `bf16`, `mxfp4` and `adapter` are our merges; `peft` is
-`PeftModel.merge_and_unload` and `save_pretrained` of a base that transformers dequantises. The adapter is on all
-attention linears and all experts. Without a model, sizes are small and only show that it runs.
+`disk` writes zeros one after the other, before and after; `bf16`, `mxfp4` and `adapter` are our merges, each followed
+by `python -m training verify` of what it made; `peft` is `PeftModel.merge_and_unload` and `save_pretrained` of a base
+that transformers dequantises. The adapter is on all attention linears and all experts. Without a model, sizes are small
+and only show that it runs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from tests.resident import peak_bytes
 
 SMALL = replace(GPT_OSS_20B, num_hidden_layers=2, hidden_size=256, intermediate_size=256, vocab_size=3072, head_dim=16)
 SHAPES = {"small": SMALL, "gpt-oss-20b": GPT_OSS_20B, "gpt-oss-120b": GPT_OSS_120B}
-ROWS = ("bf16", "mxfp4", "adapter", "peft")
+FORMATS = ("bf16", "mxfp4", "adapter")
+ROWS = (*FORMATS, "peft")
 DISK_BYTES = 4 * 2**30
 """at most, of each measurement of the disk"""
 
@@ -62,7 +64,10 @@ def _rows(folder: Path, options: argparse.Namespace, layers: int) -> list[dict[s
     rows = []
     for name in options.rows.split(","):
         forget_cached(folder / "base")
-        rows.append(_process(name, folder, options.device))
+        row = _process(name, folder, options.device)
+        if name in FORMATS and "seconds" in row:
+            row |= _verified(folder, options.device)
+        rows.append(row)
         print(json.dumps(rows[-1]), flush=True)
         shutil.rmtree(folder / "out", ignore_errors=True)
         disk.append(_disk(folder, size))
@@ -86,6 +91,17 @@ def _process(name: str, folder: Path, device: str) -> dict[str, Any]:
     if process.returncode or not last:
         return {"name": name, "not measured": f"exit code {process.returncode}"}
     return {**json.loads(last[0]), "peak_host_gib": round(peak / 2**30, 2)}
+
+
+def _verified(folder: Path, device: str) -> dict[str, Any]:
+    """Seconds of the whole command on what was just merged, start and libraries included, and its verdict."""
+    words = ["--base", str(folder / "base"), "--adapter", str(folder / "adapter"), "--device", device, "--quiet"]
+    command = [sys.executable, "-m", "training", "verify", str(folder / "out"), *words]
+    began = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    seconds = round(time.perf_counter() - began, 1)
+    verdict = done.stdout.strip().splitlines()[-1].removeprefix("verified").replace(str(folder), "").strip()
+    return {"verify_seconds": seconds, "verify_exit_code": done.returncode, "verify": verdict}
 
 
 def measure(name: str, folder: Path, device: str) -> dict[str, Any]:

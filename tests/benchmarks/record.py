@@ -19,6 +19,7 @@ def keep(
     benchmark: str, model: str, device: str, command: str, rows: list[dict[str, Any]], folder: Path = RESULTS
 ) -> Path:
     """Write `<benchmark>-<model>-<device>.json` and return its path. Each row has a `name` and its figures."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{benchmark}-{model}-{device}.json"
     path.write_text(json.dumps(record(benchmark, command, rows), indent=2) + "\n", encoding="utf-8")
     return path

@@ -59,7 +59,8 @@ def main() -> int:
     names = options.rows.split(",") if options.rows else list(GPU_ROWS if gpu else CPU_ROWS)
     unmeasured = False
     short = {"serving": (options.prompt_tokens, options.output_tokens)}
-    for benchmark, (prompt, output) in (SHAPES if gpu else short).items():
+    shapes = options.shapes.split(",")
+    for benchmark, (prompt, output) in ({name: SHAPES[name] for name in shapes} if gpu else short).items():
         if gpu and any(name in GPU_ROWS for name in names):
             _write_checkpoint(Path(options.checkpoint))
         rows = []
@@ -338,6 +339,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.serving", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--rows", help=f"separated by commas; on a GPU {','.join(GPU_ROWS)}, else {','.join(CPU_ROWS)}")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="on a GPU (default: %(default)s)")
     parser.add_argument("--streams", type=int, default=256, help="requests at a time (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=2048, help="requests of a row (default: %(default)s)")
     parser.add_argument("--checkpoint", default=str(CHECKPOINT), help="folder of random weights; made if not there")
