@@ -148,10 +148,15 @@ class _Run:
 
 
 def loss_of(
-    model: Any, batch: dict[str, torch.Tensor], chunk_tokens: int, precision: torch.dtype | None
+    model: Any,
+    batch: dict[str, torch.Tensor],
+    chunk_tokens: int,
+    precision: torch.dtype | None,
+    scale: float | None = None,
 ) -> torch.Tensor:
-    """Mean negative log-likelihood, as the trainer has it: the model is called whole, so that all hooks of it run."""
-    head = model.get_output_embeddings()
+    """Negative log-likelihoods, as the trainer has them: the model, perhaps wrapped for data parallelism, is called
+    whole, so that all hooks of it run. Their sum times `scale`, or their mean."""
+    head = getattr(model, "module", model).get_output_embeddings()
     labels = batch["labels"][:, 1:]
     trained = labels != -100
     targets = labels[trained]
@@ -162,7 +167,8 @@ def loss_of(
         model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
         weights = torch.ones(targets.shape, device=labels.device)
         hidden = taken[0][:, :-1][trained]
-        total, _ = weighted_nll(hidden, head.weight, targets, weights, chunk_tokens, scale=1 / targets.numel())
+        scale = 1 / targets.numel() if scale is None else scale
+        total, _ = weighted_nll(hidden, head.weight, targets, weights, chunk_tokens, scale=scale)
     return total
 
 

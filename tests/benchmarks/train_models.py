@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from transformers import GptOssConfig, GptOssForCausalLM, Mxfp4Config
 from transformers.initialization import no_init_weights
 
@@ -25,7 +26,7 @@ from training.modeling.loading import load_packed, without_weights
 from training.modeling.loss import weighted_nll
 from training.modeling.mxfp4 import dequantise
 from training.modeling.offload import Offload
-from training.modeling.sharding import shard_layers
+from training.modeling.sharding import own_rows, shard_layers
 
 Batch = dict[str, torch.Tensor]
 
@@ -43,7 +44,7 @@ class Subject:
 def raysoner(
     config: GptOssConfig, device: torch.device, options: argparse.Namespace, mesh: DeviceMesh | None = None
 ) -> Subject:
-    """Raysoner's engine, as its worker builds it; where there is a `mesh`, of one worker, with its layers sharded."""
+    """Raysoner's engine, as its worker builds it; where there is a `mesh`, with its layers sharded over it."""
     dtype = _dtype(device)
     attention = implementation("auto", device)
     if options.checkpoint:
@@ -77,7 +78,17 @@ def packed_model(
     config: GptOssConfig, device: torch.device, attention: str, mesh: DeviceMesh | None = None
 ) -> GptOssForCausalLM:
     """The base with packed experts, its weights drawn on the device."""
-    model = without_weights(config, _dtype(device), attention, "grouped_lora")
+    return base_model(config, device, attention, mesh, packed=True)
+
+
+def base_model(
+    config: GptOssConfig, device: torch.device, attention: str, mesh: DeviceMesh | None, *, packed: bool
+) -> GptOssForCausalLM:
+    """The base with experts packed or dense, the same weights in either form, drawn on the device.
+
+    Where there is a `mesh`, each of its workers draws all and keeps its share.
+    """
+    model = without_weights(config, _dtype(device), attention, "grouped_lora", packed=packed)
     if mesh is not None:
         shard_layers(model, mesh)
     model = model.to_empty(device=device)
@@ -176,7 +187,7 @@ def batches(
 
 @torch.no_grad()
 def _fill(model: Any, config: GptOssConfig, device: torch.device) -> None:
-    """The same values for a packed model and a dense one, drawn expert matrix by expert matrix."""
+    """The same values for a packed model and a dense one, sharded or not, drawn expert matrix by expert matrix."""
     generator = torch.Generator(device).manual_seed(0)
     sizes = (config.hidden_size, config.intermediate_size)
     shapes = {"gate_up_proj": (2 * sizes[1], sizes[0]), "down_proj": sizes}
@@ -186,20 +197,24 @@ def _fill(model: Any, config: GptOssConfig, device: torch.device) -> None:
             shape = (config.num_local_experts, outputs, inputs // 32)
             blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, device=device, generator=generator)
             scales = torch.randint(118, 121, shape, dtype=torch.uint8, device=device, generator=generator)
+            weight = getattr(experts, name)
+            own = own_rows(weight)
             if hasattr(experts, f"{name}_scales"):
-                local(getattr(experts, name)).copy_(blocks)
-                local(getattr(experts, f"{name}_scales")).copy_(scales)
+                local(weight).copy_(blocks[own])
+                local(getattr(experts, f"{name}_scales")).copy_(scales[own])
             else:
-                for expert in range(shape[0]):
+                for place, expert in enumerate(range(shape[0])[own]):
                     part = slice(expert, expert + 1)
-                    weight = getattr(experts, name)
-                    weight[part] = dequantise(blocks[part], scales[part], weight.dtype)
+                    local(weight)[place : place + 1] = dequantise(blocks[part], scales[part], weight.dtype)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not name.endswith(EXPERT_PARAMETERS):
             if "norm" in name:
                 local(parameter).fill_(1.0)
+            elif isinstance(parameter, DTensor):
+                whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                local(parameter).copy_(whole.normal_(0, 0.02, generator=generator)[own_rows(parameter)])
             else:
-                local(parameter).normal_(0, 0.02, generator=generator)
+                parameter.normal_(0, 0.02, generator=generator)
 
 
 def _dtype(device: torch.device) -> torch.dtype:
