@@ -4,10 +4,11 @@ python -m tests.benchmarks.scaling --gpus 2
 
 Each point is a run of the training worker's engine in fresh processes, one for each GPU, that talk over NCCL:
 `one_gpu` (the base whole, one process), `data_parallel` (whole on each GPU), `sharded_mxfp4` (one copy of the base,
-gathered as it is packed), `sharded_bf16` (the same with the base in bf16) and `sharded_120b`. The model is wrapped in
+gathered as it is packed), `sharded_bf16` (the same with the base in bf16), `sharded_120b`, and the two sharded points
+again at a micro-batch of one row, where links have the least arithmetic to hide behind. The model is wrapped in
 DistributedDataParallel as the trainer does it. The first steps of a point are not measured; in them one process takes
-the micro-batches of all GPUs, so that losses and gradients must be the same but for rounding. On a CPU the points but
-the last run the demo's model in fp32 over gloo, to see that they are right; their speed says nothing.
+the micro-batches of all GPUs, so that losses and gradients must be the same but for rounding. On a CPU the first
+four points run the demo's model in fp32 over gloo, to see that they are right; their speed says nothing.
 
 Figures of a row, beside the settings:
 
@@ -47,7 +48,7 @@ from cluster.hardware import profile_of
 from cluster.memory import Recipe, step_gather_bytes, training_memory
 from cluster.model import Checkpointing, ModelShape
 from cluster.scaling import Layout, Links, Work, predict
-from tests.benchmarks.record import RESULTS, keep
+from tests.benchmarks.record import RESULTS, keep, record
 from tests.benchmarks.scaling_worker import Setting
 from tests.benchmarks.train_step import ALLOCATOR, _device_name, model_config
 from training.memory import MARGIN, MODES
@@ -68,6 +69,8 @@ class Point:
     """a single process; else one for each GPU"""
     sharded: bool = False
     packed: bool = True
+    rows: int | None = None
+    """of a micro-batch; None: the most that the command says and that fits"""
 
 
 POINTS = {
@@ -76,7 +79,11 @@ POINTS = {
     "sharded_mxfp4": Point(sharded=True),
     "sharded_bf16": Point(sharded=True, packed=False),
     "sharded_120b": Point(model="gpt-oss-120b", sharded=True),
+    "sharded_mxfp4_one_row": Point(sharded=True, rows=1),
+    "sharded_bf16_one_row": Point(sharded=True, packed=False, rows=1),
 }
+ON_CPU = ("one_gpu", "data_parallel", "sharded_mxfp4", "sharded_bf16")
+"""points of a CPU"""
 SAME = {"adapters_identical": "== 1"}
 COUNTED = {"gathered_over_arithmetic": "== 1"}
 NEAR = {"largest_loss_difference": "<= 0.01", "largest_gradient_difference": "<= 0.02"}
@@ -89,6 +96,8 @@ MUST = {
     "sharded_mxfp4": {"efficiency": ">= 0.8", **SAME, **COUNTED, **NEAR},
     "sharded_bf16": {"step_over_mxfp4": ">= 1.2", **SAME, **COUNTED, **NEAR},
     "sharded_120b": {**SAME, **COUNTED},
+    "sharded_mxfp4_one_row": {**SAME, **COUNTED},
+    "sharded_bf16_one_row": {"step_over_mxfp4": ">= 1.2", **SAME, **COUNTED},
 }
 """what figures of a row must reach on GPUs"""
 MUST_ON_CPU = {
@@ -96,13 +105,13 @@ MUST_ON_CPU = {
     "data_parallel": SAME | EXACT,
     "sharded_mxfp4": SAME | COUNTED | EXACT,
     "sharded_bf16": SAME | COUNTED | EXACT,
-    "sharded_120b": SAME | COUNTED,
 }
 AIM = {
     "data_parallel": {"efficiency": ">= 0.98"},
     "sharded_mxfp4": {"efficiency": ">= 0.93"},
     "sharded_bf16": {"step_over_mxfp4": ">= 3"},
     "sharded_120b": {"tokens_per_second_per_gpu": ">= 3000"},
+    "sharded_bf16_one_row": {"step_over_mxfp4": ">= 3"},
 }
 COMPARED = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
 
@@ -113,6 +122,7 @@ def main() -> int:
     """Measure the points one after the other; each row is kept as soon as it is there."""
     options = _options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes of a point are ended too
+    record("scaling", _called(), [])  # where no commit can be named, that is better known now than after a point
     until = time.monotonic() + options.minutes * 60
     settings = settings_of(options)
     rows: dict[str, list[Row]] = {}
@@ -160,15 +170,18 @@ def run_point(name: str, setting: Setting, scratch: Path, limit_seconds: float) 
                 env=environment,
                 start_new_session=True,
             )
-            stack.callback(_end, started)
+            stack.callback(end, started)
             processes.append(started)
-        reason = _wait(processes, folder, limit_seconds)
+        reason = wait_for(processes, folder, limit_seconds)
+    if reason:
+        for log_path in sorted(folder.glob("*.log")):
+            print(f"{log_path.name}: {log_path.read_text()[-2000:]}", file=sys.stderr, flush=True)
     whole = folder / "found.json"
     figures: Row = json.loads(whole.read_text()) if whole.is_file() else {}
     return figures | ({"not measured": reason} if reason else {})
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], folder: Path, limit_seconds: float) -> str | None:
+def wait_for(processes: list[subprocess.Popen[bytes]], folder: Path, limit_seconds: float) -> str | None:
     """None once all have ended well; else why one has not, as soon as that is known."""
     until = time.monotonic() + limit_seconds
     while True:
@@ -187,7 +200,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], folder: Path, limit_seconds:
     return f"rank {rank}: exit code {codes[rank]}"
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
     """End a process and all that it started, in a group of its own, and wait for it."""
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
@@ -206,7 +219,8 @@ def row_of(name: str, setting: Setting, figures: Row, others: dict[str, tuple[Se
         for other, (theirs, found) in others.items()
         if "seconds" in found and theirs.model == setting.model and theirs.micro_batch_size == setting.micro_batch_size
     }
-    one, whole, packed = (comparable.get(other) for other in ("one_gpu", "data_parallel", "sharded_mxfp4"))
+    one, whole = comparable.get("one_gpu"), comparable.get("data_parallel")
+    packed = comparable.get(name.replace("bf16", "mxfp4"))
     step = median(figures["seconds"])
     if setting.workers > 1 and one:
         row["efficiency"] = round(median(one["seconds"]) / step, 4)
@@ -216,14 +230,12 @@ def row_of(name: str, setting: Setting, figures: Row, others: dict[str, tuple[Se
     if setting.shards > 1:
         row |= _gathers(setting, figures, median(whole["seconds"]) if whole and setting.packed else None)
     row |= _predicted(setting, figures, median(one["seconds"]) if one and setting.packed else None)
-    if packed and not setting.packed:
+    if packed:
         row["step_over_mxfp4"] = round(step / median(packed["seconds"]), 3)
     if "not measured" in figures:
         row["not measured"] = f"gathers: {figures['not measured']}"
-    must, aim = (
-        (MUST if torch.cuda.is_available() else MUST_ON_CPU)[name],
-        AIM.get(name, {}) if torch.cuda.is_available() else {},
-    )
+    gpu = torch.cuda.is_available()
+    must, aim = (MUST if gpu else MUST_ON_CPU)[name], AIM.get(name, {}) if gpu else {}
     row |= {"must": must, "holds": reaches(row, must)}
     return row | ({"aim": aim, "reached": reaches(row, aim)} if aim else {})
 
@@ -311,11 +323,12 @@ def _predicted(setting: Setting, figures: Row, one_seconds: float | None) -> Row
         return {}
     layout = Layout(setting.workers, setting.workers, setting.shards)
     links = Links.of(profile, network_gbit_per_second=1.0)  # of one host, whose network nothing passes
+    shape, recipe, memory = shape_of(setting.model), recipe_of(setting), profile.bandwidth_bytes_per_second
     source, seconds = "one_gpu", one_seconds
     if seconds is None:
         source, seconds = "step_seconds_without_links", alone["step_seconds_without_links"]
-    shape, recipe = shape_of(setting.model), recipe_of(setting)
-    expected = predict(Work(shape, recipe, 1, seconds, profile.bandwidth_bytes_per_second), layout, links)
+        seconds -= predict(Work(shape, recipe, 1, seconds, memory), layout, links).copy_seconds  # which it holds
+    expected = predict(Work(shape, recipe, 1, seconds, memory), layout, links)
     return {
         "predicted": {
             "from": source,
@@ -331,14 +344,16 @@ def _predicted(setting: Setting, figures: Row, one_seconds: float | None) -> Row
 def settings_of(options: argparse.Namespace) -> dict[str, Setting | None]:
     """The points that were asked for; None where not even one row fits.
 
-    Those of one model have one micro-batch, the largest that fits all of them.
+    Those of one model that leave the micro-batch to the command have one, the largest that fits all of them.
     """
     memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    names = options.points.split(",")
-    made: dict[str, Setting | None] = dict.fromkeys(names)
-    for model in {POINTS[name].model or options.model for name in names}:
-        group = [name for name in names if (POINTS[name].model or options.model) == model]
-        for rows in (rows for rows in MICRO_BATCHES if rows <= options.micro_batch_size):
+    made: dict[str, Setting | None] = dict.fromkeys(options.points.split(","))
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name in made:
+        point = POINTS[name]
+        groups.setdefault((point.model or options.model, point.rows or options.micro_batch_size), []).append(name)
+    for (model, most), group in groups.items():
+        for rows in (rows for rows in MICRO_BATCHES if rows <= most):
             fitting = {name: _fitting(name, model, rows, options, memory) for name in group}
             if all(fitting.values()):
                 made |= fitting
@@ -407,9 +422,7 @@ def _options() -> argparse.Namespace:
                         help="of all but sharded_120b")  # fmt: skip
     parser.add_argument("--gpus", "--workers", type=int, default=torch.cuda.device_count() if gpu else 2,
                         help="of this host; processes where there are none")  # fmt: skip
-    parser.add_argument(
-        "--points", default=",".join(list(POINTS) if gpu else list(POINTS)[:-1]), help="separated by commas"
-    )
+    parser.add_argument("--points", default=",".join(POINTS if gpu else ON_CPU), help="separated by commas")
     parser.add_argument("--micro-batch-size", type=int, default=8 if gpu else 2, help="at most")
     parser.add_argument("--sequence-length", type=int, default=2048 if gpu else 256)
     parser.add_argument("--checkpointing", default="auto", choices=("auto", *MODES), help="of activations")
@@ -422,8 +435,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="of all; points that are left then are not measured")
     parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
     options = parser.parse_args()
-    if unknown := [name for name in options.points.split(",") if name not in POINTS]:
-        parser.error(f"--points knows {', '.join(POINTS)}, not {unknown[0]}")
+    known = tuple(POINTS) if gpu else ON_CPU
+    if unknown := [name for name in options.points.split(",") if name not in known]:
+        parser.error(f"--points knows {', '.join(known)}, not {unknown[0]}")
     if options.gpus < 2 or (gpu and options.gpus > torch.cuda.device_count()):
         parser.error(f"--gpus must be 2 or more, and no more than there are; it is {options.gpus}")
     return options

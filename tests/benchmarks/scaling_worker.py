@@ -82,8 +82,9 @@ class Step(NamedTuple):
     seconds: float
     """of this worker"""
     loss: float
-    """mean over the trained tokens of the global batch, in nats"""
+    """mean over the trained tokens of the global batch, in nats; without a norm, this worker's part of it"""
     gradient_norm: float
+    """of the adapters, averaged over workers; 0 where it was not asked for"""
 
 
 class GlobalBatch(NamedTuple):
@@ -202,8 +203,7 @@ class _Run:
             loss = loss_of(self.model, micro_batch, self.setting.chunk_tokens, self.precision, scale)
             loss.backward()
             losses.append(loss.detach())
-        gradients = [weight.grad for weight in trainable(self.base).values() if weight.grad is not None]
-        size = float(torch.nn.utils.get_total_norm(gradients)) if norm else 0.0
+        size = self._gradient_norm() if norm else 0.0
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         own = float(torch.stack(losses).sum())
@@ -213,6 +213,10 @@ class _Run:
         mean = sum(of_all_ranks(own)) / workers if norm else own
         self.say(f"loss {mean:.5f}  {seconds:.3f} s")
         return Step(seconds, mean, size)
+
+    def _gradient_norm(self) -> float:
+        gradients = [weight.grad for weight in trainable(self.base).values() if weight.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     def _global_batches(self) -> Iterator[GlobalBatch]:
         """Each step's share of this worker: the same rows in the same steps for any number of workers."""

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 
 from cluster.memory import step_gather_bytes
 from tests.benchmarks.record import RESULTS
-from tests.benchmarks.scaling import AIM, MUST, POINTS, reaches, recipe_of, row_of, shape_of
+from tests.benchmarks.scaling import AIM, MUST, POINTS, end, reaches, recipe_of, row_of, shape_of, wait_for
 from tests.benchmarks.scaling_worker import Setting
 
 pytestmark = pytest.mark.cluster
@@ -82,6 +84,35 @@ def test_a_point_that_fails_leaves_the_others(tmp_path: Path) -> None:
         assert row["name"] == name
         assert "rank" in row["not measured"]
         assert "step_seconds" not in row
+
+
+def test_processes_that_take_too_long_are_ended_with_what_they_started(tmp_path: Path) -> None:
+    """A shell and its child, as a rank and its compiler."""
+    process = subprocess.Popen(["sh", "-c", f"sleep 300 & echo $! > {tmp_path}/child; wait"], start_new_session=True)
+    while not (tmp_path / "child").is_file() or not (tmp_path / "child").read_text().strip():
+        time.sleep(0.01)
+    child = int((tmp_path / "child").read_text())
+    assert wait_for([process], tmp_path, limit_seconds=0.2) == "took longer than 0 s"
+    end(process)
+    assert process.poll() == -signal.SIGKILL
+    while is_running(child):  # until its new parent has seen it off
+        time.sleep(0.01)
+
+
+def test_the_first_error_is_the_reason(tmp_path: Path) -> None:
+    failed = subprocess.Popen(["sh", "-c", f"echo rank 0: out of memory > {tmp_path}/error-0.txt; exit 1"])
+    assert wait_for([failed], tmp_path, limit_seconds=60) == "rank 0: out of memory\n"
+    killed = subprocess.Popen(["sh", "-c", "kill -9 $$"])
+    (tmp_path / "error-0.txt").unlink()
+    assert wait_for([killed], tmp_path, limit_seconds=60) == "rank 0: exit code -9"
+
+
+def is_running(process: int) -> bool:
+    """Not gone, and no zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def figures(seconds: list[float], **more: Any) -> dict[str, Any]:
