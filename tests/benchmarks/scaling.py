@@ -17,7 +17,7 @@ Figures of a row, beside the settings:
 - `gathered_gb`: what a worker received of gathers in a step, counted; `gathered_over_arithmetic`: over
   `cluster.memory.step_gather_bytes`.
 - `gather_seconds`: of a step's gathers with nothing between them, with the copies into and out of their buffers;
-  `link_seconds`: less the same with the links left out (`scaling_worker.OwnShares`); `link_gb_per_second` from it.
+  `link_seconds`: less the same with the links left out (`scaling_worker.NoLinks`); `link_gb_per_second` from it.
 - `hidden`: 1 − (sharded step − data parallel step, not below 0) / gather_seconds. `links_hidden`: 1 − (step − step with
   the links left out, not below 0) / link_seconds. The copies out of a gather's buffer run between a layer's products
   and are never hidden, so the first is the lower of the two. Neither is below 0.
@@ -30,14 +30,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import operator
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,7 +51,7 @@ from cluster.memory import Recipe, step_gather_bytes, training_memory
 from cluster.model import Checkpointing, ModelShape
 from cluster.scaling import Layout, Links, Work, predict
 from tests.benchmarks.record import RESULTS, keep, record
-from tests.benchmarks.scaling_worker import Setting
+from tests.benchmarks.scaling_worker import Setting, work
 from tests.benchmarks.train_step import ALLOCATOR, _device_name, model_config
 from training.memory import MARGIN, MODES
 
@@ -128,12 +130,14 @@ def main() -> int:
     rows: dict[str, list[Row]] = {}
     found: dict[str, tuple[Setting, Row]] = {}
     with tempfile.TemporaryDirectory(prefix="raysoner-") as scratch:
+        for variable, value in {**ALLOCATOR, "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/compiled"}.items():
+            os.environ.setdefault(variable, value)
         for name, setting in settings.items():
             if setting is None:
                 print(f"{name}: not even one row fits a GPU's memory", file=sys.stderr, flush=True)
                 continue
             began = time.monotonic()
-            print(f"{name}: {setting.write()}", file=sys.stderr, flush=True)
+            print(f"{name}: {json.dumps(asdict(setting))}", file=sys.stderr, flush=True)
             limit = min(options.limit_seconds, until - time.monotonic())
             figures = run_point(name, setting, Path(scratch), limit)
             row = row_of(name, setting, figures, found)
@@ -156,22 +160,15 @@ def run_point(name: str, setting: Setting, scratch: Path, limit_seconds: float) 
         return {"not measured": "no time was left"}
     folder = scratch / name
     folder.mkdir()
-    environment = {**ALLOCATOR, "TORCHINDUCTOR_CACHE_DIR": str(scratch / "compiled"), **os.environ}
-    command = [sys.executable, "-m", "tests.benchmarks.scaling_worker", setting.write()]
+    # A CUDA process must be a new one; a fork has imported everything already.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     with contextlib.ExitStack() as stack:
         processes = []
         for rank in range(setting.workers):
-            log = stack.enter_context((folder / f"{rank}.log").open("w"))
-            output = sys.stderr if rank == 0 else log
-            started = subprocess.Popen(
-                [*command, str(rank), str(folder)],
-                stdout=output,
-                stderr=output,
-                env=environment,
-                start_new_session=True,
-            )
-            stack.callback(end, started)
-            processes.append(started)
+            process = context.Process(target=work, args=(setting, rank, folder))
+            process.start()
+            stack.callback(end, process)
+            processes.append(process)
         reason = wait_for(processes, folder, limit_seconds)
     if reason:
         for log_path in sorted(folder.glob("*.log")):
@@ -181,11 +178,11 @@ def run_point(name: str, setting: Setting, scratch: Path, limit_seconds: float) 
     return figures | ({"not measured": reason} if reason else {})
 
 
-def wait_for(processes: list[subprocess.Popen[bytes]], folder: Path, limit_seconds: float) -> str | None:
+def wait_for(processes: Sequence[BaseProcess], folder: Path, limit_seconds: float) -> str | None:
     """None once all have ended well; else why one has not, as soon as that is known."""
     until = time.monotonic() + limit_seconds
     while True:
-        codes = [process.poll() for process in processes]
+        codes = [process.exitcode for process in processes]
         if any(codes) or None not in codes:
             break
         if time.monotonic() > until:
@@ -200,12 +197,13 @@ def wait_for(processes: list[subprocess.Popen[bytes]], folder: Path, limit_secon
     return f"rank {rank}: exit code {codes[rank]}"
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started, in a group of its own, and wait for it."""
-    if process.poll() is None:
+def end(process: BaseProcess) -> None:
+    """End a process and all that it started, which are a group, and wait for it."""
+    if process.exitcode is None and process.pid is not None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()  # where it has not made its group yet
+    process.join()
 
 
 def row_of(name: str, setting: Setting, figures: Row, others: dict[str, tuple[Setting, Row]]) -> Row:

@@ -1,20 +1,19 @@
 """One process of a point of `scaling`: the training worker's engine on one GPU, or on one core of a CPU.
 
-python -m tests.benchmarks.scaling_worker SETTING RANK FOLDER
-
-What it finds is written to FOLDER, first the steps, then what gathers cost; of an error its last line.
+What it finds is written to the folder of the point, first of the steps, then of what gathers cost; of an error one line.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import os
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -66,15 +65,6 @@ class Setting:
     steps: int
     """that are measured"""
 
-    @classmethod
-    def read(cls, text: str) -> Setting:
-        """From what `write` made."""
-        return cls(**json.loads(text))
-
-    def write(self) -> str:
-        """As one word of a command."""
-        return json.dumps(asdict(self))
-
 
 class Step(NamedTuple):
     """One optimizer step of all workers."""
@@ -95,9 +85,15 @@ class GlobalBatch(NamedTuple):
     """of all workers"""
 
 
-def main() -> int:
-    """Run a point's part of this rank; see the module."""
-    setting, rank, folder = Setting.read(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+def work(setting: Setting, rank: int, folder: Path) -> None:
+    """A point's part of this rank: the target of a process, which becomes the head of a group of its own.
+
+    The first rank shows how far it is on standard error, the others in a file of their own.
+    """
+    os.setsid()
+    log = (folder / f"{rank}.log").open("w") if rank else sys.stderr
+    for stream in (1, 2):
+        os.dup2(log.fileno(), stream)
     try:
         run(setting, rank, folder)
     except BaseException as error:
@@ -105,7 +101,6 @@ def main() -> int:
         line = last[0][:300] if last else type(error).__name__
         (folder / f"error-{rank}.txt").write_text(f"rank {rank}: {line}")
         raise
-    return 0
 
 
 def run(setting: Setting, rank: int, folder: Path) -> None:
@@ -170,14 +165,13 @@ class _Run:
     def gathers(self) -> dict[str, float]:
         """Seconds of a step's gathers with nothing between them, and of steps, with links and without.
 
-        "Without" each worker copies its own share to where the others' would arrive. The copies into and out of a
-        gather's buffer remain, and so does all arithmetic, of other weights; what is gone is the time on the links.
+        Without links the copies into and out of a gather's buffer remain, and so does all arithmetic, of other weights:
+        in the steps each worker repeats its own share of a layer.
         """
         alone = self._gather_seconds()
-        for layer in self.layers:
-            layer.set_custom_all_gather(OwnShares())  # type: ignore[arg-type]
-        self.base.get_base_model().set_custom_all_gather(OwnShares())
+        self._gather_through(NoLinks(repeating=False))
         copies = self._gather_seconds()
+        self._gather_through(NoLinks(repeating=True))
         steps = [self._step(self._alone(batch)) for batch in islice(self.supply, 1 + max(1, self.setting.steps // 2))]
         seconds = [max(each) for each in zip(*of_all_ranks([step.seconds for step in steps[1:]]), strict=True)]
         return {"seconds": alone, "seconds_without_links": copies, "step_seconds_without_links": median(seconds)}
@@ -233,6 +227,10 @@ class _Run:
         """One micro-batch for each worker: all of a measured step."""
         return batch._replace(own=batch.own[:1])
 
+    def _gather_through(self, gather: NoLinks) -> None:
+        for layer in self.layers:
+            layer.set_custom_all_gather(gather)  # type: ignore[arg-type]
+
     def _gather_seconds(self) -> float:
         """Of each layer's gather in the order of a forward and of a backward pass, by the slowest worker."""
         found = []
@@ -251,8 +249,16 @@ class _Run:
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
 
 
-class OwnShares:
-    """In place of FSDP2's all-gather: each worker repeats its own share, and nothing passes a link."""
+class NoLinks:
+    """In place of FSDP2's all-gather, and nothing passes a link.
+
+    Args:
+        repeating: each worker's own share stands for all others'; else nothing does, and what was gathered is not fit
+            to compute with.
+    """
+
+    def __init__(self, *, repeating: bool) -> None:
+        self.repeating = repeating
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Room for what a gather would receive."""
@@ -261,7 +267,9 @@ class OwnShares:
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
-        """Fill `output_tensor`; `input_tensor` is this worker's part of it."""
+        """Fill `output_tensor`, of which `input_tensor` is this worker's part."""
+        if not self.repeating:
+            return
         places, own = output_tensor.view(group.size(), -1), group.rank()
         for place in range(group.size()):
             if place != own:
@@ -294,7 +302,3 @@ def _keep(folder: Path, rank: int, found: dict[str, Any]) -> None:
     if rank == 0:
         (folder / "found.part").write_text(json.dumps(found))
         (folder / "found.part").rename(folder / "found.json")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,11 +6,13 @@ Speeds of a few steps say nothing and are not looked at; losses, gradients, adap
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -86,25 +88,41 @@ def test_a_point_that_fails_leaves_the_others(tmp_path: Path) -> None:
         assert "step_seconds" not in row
 
 
+def shell(command: str) -> BaseProcess:
+    """A process that becomes a shell, at the head of a group of its own."""
+
+    def become() -> None:
+        os.setsid()
+        os.execvp("sh", ["sh", "-c", command])
+
+    process = multiprocessing.get_context("fork").Process(target=become)
+    process.start()
+    return process
+
+
 def test_processes_that_take_too_long_are_ended_with_what_they_started(tmp_path: Path) -> None:
     """A shell and its child, as a rank and its compiler."""
-    process = subprocess.Popen(["sh", "-c", f"sleep 300 & echo $! > {tmp_path}/child; wait"], start_new_session=True)
-    while not (tmp_path / "child").is_file() or not (tmp_path / "child").read_text().strip():
+    process = shell(f"sleep 300 & echo $! > {tmp_path}/writing; mv {tmp_path}/writing {tmp_path}/child; wait")
+    while not (tmp_path / "child").is_file():
         time.sleep(0.01)
     child = int((tmp_path / "child").read_text())
     assert wait_for([process], tmp_path, limit_seconds=0.2) == "took longer than 0 s"
     end(process)
-    assert process.poll() == -signal.SIGKILL
+    assert process.exitcode == -signal.SIGKILL
     while is_running(child):  # until its new parent has seen it off
         time.sleep(0.01)
 
 
 def test_the_first_error_is_the_reason(tmp_path: Path) -> None:
-    failed = subprocess.Popen(["sh", "-c", f"echo rank 0: out of memory > {tmp_path}/error-0.txt; exit 1"])
-    assert wait_for([failed], tmp_path, limit_seconds=60) == "rank 0: out of memory\n"
-    killed = subprocess.Popen(["sh", "-c", "kill -9 $$"])
-    (tmp_path / "error-0.txt").unlink()
-    assert wait_for([killed], tmp_path, limit_seconds=60) == "rank 0: exit code -9"
+    """Another process that has not ended is not waited for."""
+    waiting = shell("sleep 300")
+    failed = shell(f"echo rank 1: out of memory > {tmp_path}/error-1.txt; exit 1")
+    assert wait_for([waiting, failed], tmp_path, limit_seconds=60) == "rank 1: out of memory\n"
+    (tmp_path / "error-1.txt").unlink()
+    killed = shell("kill -9 $$")
+    assert wait_for([waiting, killed], tmp_path, limit_seconds=60) == "rank 1: exit code -9"
+    for process in (waiting, failed, killed):
+        end(process)
 
 
 def is_running(process: int) -> bool:
