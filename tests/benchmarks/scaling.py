@@ -55,8 +55,6 @@ from tests.benchmarks.scaling_worker import Setting, work
 from tests.benchmarks.train_step import ALLOCATOR, _device_name, model_config
 from training.memory import MARGIN, MODES
 
-MICRO_BATCHES = (8, 4, 2, 1)
-"""rows that are tried, from the most"""
 LEAST_SECONDS = 25
 """left of the whole, or a point is not begun"""
 
@@ -122,11 +120,12 @@ Row = dict[str, Any]
 
 def main() -> int:
     """Measure the points one after the other; each row is kept as soon as it is there."""
-    options = _options()
+    options = options_of(sys.argv[1:])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes of a point are ended too
     record("scaling", _called(), [])  # where no commit can be named, that is better known now than after a point
     until = time.monotonic() + options.minutes * 60
-    settings = settings_of(options)
+    memory_bytes = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    settings = settings_of(options, memory_bytes)
     rows: dict[str, list[Row]] = {}
     found: dict[str, tuple[Setting, Row]] = {}
     with tempfile.TemporaryDirectory(prefix="raysoner-") as scratch:
@@ -265,6 +264,7 @@ def _speed(setting: Setting, figures: Row) -> Row:
         "step_seconds": round(middle, 4),
         "spread": round((max(seconds) - min(seconds)) / middle, 3),
         "trainable_parameters": figures["trainable_parameters"],
+        "losses": [round(loss, 6) for loss in figures["losses"]],
     }
 
 
@@ -282,7 +282,6 @@ def _difference(figures: Row, one: Row) -> Row:
     losses = zip(figures["losses"], one["losses"], strict=True)
     norms = zip(figures["gradient_norms"], one["gradient_norms"], strict=True)
     return {
-        "losses": [round(loss, 6) for loss in figures["losses"]],
         "largest_loss_difference": max(abs(ours - theirs) for ours, theirs in losses),
         "largest_gradient_difference": max(abs(ours / theirs - 1) for ours, theirs in norms),
     }
@@ -339,23 +338,23 @@ def _predicted(setting: Setting, figures: Row, one_seconds: float | None) -> Row
     }
 
 
-def settings_of(options: argparse.Namespace) -> dict[str, Setting | None]:
-    """The points that were asked for; None where not even one row fits.
+def settings_of(options: argparse.Namespace, memory_bytes: int | None) -> dict[str, Setting | None]:
+    """The points that were asked for; None where not even one row fits a GPU of `memory_bytes`.
 
-    Those of one model that leave the micro-batch to the command have one, the largest that fits all of them.
+    Those of one model that leave the micro-batch to the command have one: the command's, halved until all of them fit.
     """
-    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     made: dict[str, Setting | None] = dict.fromkeys(options.points.split(","))
     groups: dict[tuple[str, int], list[str]] = {}
     for name in made:
         point = POINTS[name]
         groups.setdefault((point.model or options.model, point.rows or options.micro_batch_size), []).append(name)
     for (model, most), group in groups.items():
-        for rows in (rows for rows in MICRO_BATCHES if rows <= most):
-            fitting = {name: _fitting(name, model, rows, options, memory) for name in group}
-            if all(fitting.values()):
-                made |= fitting
-                break
+        able = [name for name in group if _fitting(name, model, 1, options, memory_bytes)]
+        rows, fitting = most, {name: _fitting(name, model, most, options, memory_bytes) for name in able}
+        while not all(fitting.values()):
+            rows //= 2
+            fitting = {name: _fitting(name, model, rows, options, memory_bytes) for name in able}
+        made |= fitting
     return made
 
 
@@ -412,32 +411,39 @@ def _called() -> str:
     return " ".join(["python -m tests.benchmarks.scaling", *sys.argv[1:]])
 
 
-def _options() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="gpt-oss-20b" if gpu else "raysoner-demo",
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model", default="gpt-oss-20b" if gpu else "raysoner-demo",
                         choices=("gpt-oss-20b", "gpt-oss-120b", "raysoner-demo"),
                         help="of all but sharded_120b")  # fmt: skip
-    parser.add_argument("--gpus", "--workers", type=int, default=torch.cuda.device_count() if gpu else 2,
+    made.add_argument("--gpus", "--workers", type=int, default=torch.cuda.device_count() if gpu else 2,
                         help="of this host; processes where there are none")  # fmt: skip
-    parser.add_argument("--points", default=",".join(POINTS if gpu else ON_CPU), help="separated by commas")
-    parser.add_argument("--micro-batch-size", type=int, default=8 if gpu else 2, help="at most")
-    parser.add_argument("--sequence-length", type=int, default=2048 if gpu else 256)
-    parser.add_argument("--checkpointing", default="auto", choices=("auto", *MODES), help="of activations")
-    parser.add_argument("--compile", default="on" if gpu else "off", choices=("on", "off"))
-    parser.add_argument("--chunk-tokens", type=int, default=2048, help="of the loss")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--compared-steps", type=int, default=3, help="against one process; not measured")
-    parser.add_argument("--steps", type=int, default=8, help="that are measured")
-    parser.add_argument("--limit-seconds", type=float, default=180.0, help="of a point")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of all; points that are left then are not measured")
-    parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
-    options = parser.parse_args()
+    made.add_argument("--points", default=",".join(POINTS if gpu else ON_CPU), help="separated by commas")
+    made.add_argument("--micro-batch-size", type=int, default=8 if gpu else 2, help="at most")
+    made.add_argument("--sequence-length", type=int, default=2048 if gpu else 256)
+    made.add_argument("--checkpointing", default="auto", choices=("auto", *MODES), help="of activations")
+    made.add_argument("--compile", default="on" if gpu else "off", choices=("on", "off"))
+    made.add_argument("--chunk-tokens", type=int, default=2048, help="of the loss")
+    made.add_argument("--rank", type=int, default=8)
+    made.add_argument("--compared-steps", type=int, default=3, help="against one process; not measured")
+    made.add_argument("--steps", type=int, default=8, help="that are measured")
+    made.add_argument("--limit-seconds", type=float, default=180.0, help="of a point")
+    made.add_argument("--minutes", type=float, default=9.0, help="of all; points that are left then are not measured")
+    made.add_argument("--out", default=str(RESULTS), help="folder of the results")
+    return made
+
+
+def options_of(words: list[str]) -> argparse.Namespace:
+    """The options of a command line; one that asks for what there is not is refused."""
+    options = parser().parse_args(words)
+    gpu = torch.cuda.is_available()
     known = tuple(POINTS) if gpu else ON_CPU
     if unknown := [name for name in options.points.split(",") if name not in known]:
-        parser.error(f"--points knows {', '.join(known)}, not {unknown[0]}")
+        parser().error(f"--points knows {', '.join(known)}, not {unknown[0]}")
     if options.gpus < 2 or (gpu and options.gpus > torch.cuda.device_count()):
-        parser.error(f"--gpus must be 2 or more, and no more than there are; it is {options.gpus}")
+        parser().error(f"--gpus must be 2 or more, and no more than there are; it is {options.gpus}")
     return options
 
 

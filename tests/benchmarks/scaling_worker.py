@@ -1,6 +1,6 @@
 """One process of a point of `scaling`: the training worker's engine on one GPU, or on one core of a CPU.
 
-What it finds is written to the folder of the point, first of the steps, then of what gathers cost; of an error one line.
+What it finds goes to the folder of the point, first of the steps, then of what gathers cost; of an error one line.
 """
 
 from __future__ import annotations

@@ -18,9 +18,22 @@ from typing import Any
 
 import pytest
 
+from cluster.hardware import GIB
 from cluster.memory import step_gather_bytes
 from tests.benchmarks.record import RESULTS
-from tests.benchmarks.scaling import AIM, MUST, POINTS, end, reaches, recipe_of, row_of, shape_of, wait_for
+from tests.benchmarks.scaling import (
+    AIM,
+    MUST,
+    POINTS,
+    end,
+    options_of,
+    reaches,
+    recipe_of,
+    row_of,
+    settings_of,
+    shape_of,
+    wait_for,
+)
 from tests.benchmarks.scaling_worker import Setting
 
 pytestmark = pytest.mark.cluster
@@ -86,6 +99,36 @@ def test_a_point_that_fails_leaves_the_others(tmp_path: Path) -> None:
         assert row["name"] == name
         assert "rank" in row["not measured"]
         assert "step_seconds" not in row
+
+
+def test_points_of_a_model_have_one_micro_batch_that_fits_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two GPUs of 80 GB the 20b takes eight rows in each, and the 120b recomputes its layers."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    options = options_of([])
+    found = settings_of(options, int(79.1 * GIB))
+    assert list(found) == list(POINTS)
+    rows = {name: setting.micro_batch_size for name, setting in found.items() if setting}
+    assert rows == dict.fromkeys(POINTS, 8) | {"sharded_mxfp4_one_row": 1, "sharded_bf16_one_row": 1}
+    modes = {name: setting.checkpointing for name, setting in found.items() if setting}
+    assert modes == dict.fromkeys(POINTS, "none") | {"sharded_120b": "full"}
+    smaller = settings_of(options, 45 * GIB)
+    assert smaller["sharded_120b"] is None
+    assert smaller["one_gpu"] is not None
+    assert smaller["sharded_bf16"] is not None
+    assert smaller["one_gpu"].micro_batch_size == smaller["sharded_bf16"].micro_batch_size == 8
+    assert smaller["sharded_bf16"].checkpointing == "full"
+    least = settings_of(options, 20 * GIB)
+    assert least["sharded_bf16"] is None
+    assert least["one_gpu"] is not None
+    assert (least["one_gpu"].micro_batch_size, least["one_gpu"].checkpointing) == (4, "full")
+
+
+@pytest.mark.parametrize("words", [["--points", "one_gpu,many"], ["--gpus", "1"]])
+def test_what_there_is_not_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options_of(words)
+    assert words[0] in capsys.readouterr().err
 
 
 def shell(command: str) -> BaseProcess:
