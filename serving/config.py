@@ -12,6 +12,13 @@ from cluster.harmony import Effort
 from cluster.languages import InstructionForm
 
 OnFault = Literal["report", "retry", "fail"]
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+NO_ADAPTERS = (
+    "model.adapters needs the engine vLLM on a GPU, for transformers' continuous batching runs one model; set "
+    "engine.kind to vllm and replicas.gpus to 1, or merge each adapter and deploy it as an application of its own"
+)
+"""what is said where adapters by name are asked of an engine that has none"""
 
 
 class ModelConfig(Config):
@@ -25,11 +32,19 @@ class ModelConfig(Config):
     """precision of the weights in memory; packed experts are dequantised to it on load"""
     instruction_form: InstructionForm = "english"
     """wording of the wish for a reasoning language that the model was trained on: english or japanese"""
+    adapters: dict[NonEmpty, NonEmpty] = Field(default_factory=dict)
+    """further models of the same base, with vLLM alone: the id that clients ask for, and the folder of a PEFT adapter
+    or of an export of `python -m training merge --format adapter`"""
 
     @property
     def served_name(self) -> str:
-        """The id that clients see."""
+        """The id of the checkpoint itself, as clients see it."""
         return self.name or Path(self.path).name
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """All ids that clients may ask for, that of the checkpoint itself first."""
+        return (self.served_name, *self.adapters)
 
 
 class EndpointConfig(Config):
@@ -175,7 +190,8 @@ class ServingConfig(Config):
         def absolute(path: str) -> str:
             return str(Path(path).expanduser().absolute())
 
-        model = self.model.model_copy(update={"path": absolute(self.model.path)})
+        adapters = {name: absolute(folder) for name, folder in self.model.adapters.items()}
+        model = self.model.model_copy(update={"path": absolute(self.model.path), "adapters": adapters})
         keys = self.security.keys
         security = self.security if keys is None else self.security.model_copy(update={"keys": absolute(keys)})
         return self.model_copy(update={"model": model, "security": security})
@@ -183,6 +199,13 @@ class ServingConfig(Config):
     @model_validator(mode="after")
     def _fits_together(self) -> ServingConfig:
         engine, replicas = self.engine, self.replicas
+        if self.model.served_name in self.model.adapters:
+            raise ValueError(
+                f"model.adapters has a {self.model.served_name!r}, which is what the checkpoint itself is served as; "
+                "give one of the two another name (model.name)"
+            )
+        if self.model.adapters and (engine.kind == "transformers" or not replicas.gpus):
+            raise ValueError(NO_ADAPTERS)
         if engine.default_output_tokens > engine.maximum_output_tokens:
             raise ValueError("engine.default_output_tokens must not exceed engine.maximum_output_tokens")
         if engine.maximum_batch_tokens < engine.maximum_concurrent:

@@ -93,6 +93,9 @@ def _deploy_locally(config: ServingConfig) -> int:
     _require_free(config.endpoint)
     if not Path(config.model.path).is_dir():
         raise ConfigError(f"model.path {config.model.path}: no such folder; give that of a merged checkpoint")
+    for name, folder in config.model.adapters.items():
+        if not Path(folder).is_dir():
+            raise ConfigError(f"model.adapters.{name} {folder}: no such folder; give that of an adapter")
     if config.security.keys is not None:
         KeyFile.read(config.security.keys)
     ray.init(

@@ -44,13 +44,10 @@ def create_app(config: ServingConfig, codec: Codec, engine: Engine, services: Se
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
-        """The one model that is served."""
+        """The models that are served: the checkpoint, and each adapter beside it."""
         endpoint.services.keys.authenticate(request.headers.get("authorization"))
-        name = config.model.served_name
-        return {
-            "object": "list",
-            "data": [{"id": name, "object": "model", "created": started, "owned_by": "raysoner"}],
-        }
+        about = {"object": "model", "created": started, "owned_by": "raysoner"}
+        return {"object": "list", "data": [{"id": name, **about} for name in config.model.served_names]}
 
     @app.get("/health")
     async def health() -> JSONResponse:

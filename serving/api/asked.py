@@ -142,8 +142,9 @@ async def wishes(asked: Asked, config: ServingConfig, codec: Codec) -> list[Wish
         ApiError: 404 for another model, 400 for what the limits or the languages do not allow.
     """
     limits, engine = config.limits, config.engine
-    if asked.model != config.model.served_name:
-        message = f"model {asked.model!r} is not served here; {config.model.served_name!r} is"
+    if asked.model not in config.model.served_names:
+        served = ", ".join(map(repr, config.model.served_names))
+        message = f"model {asked.model!r} is not served here; {served} {'are' if config.model.adapters else 'is'}"
         raise ApiError(404, message, param="model", code="model_not_found")
     if len(asked.conversation.messages) > limits.messages:
         raise _refused(asked.messages_field, f"{asked.messages_field} holds more than {limits.messages}")
@@ -170,6 +171,7 @@ async def wishes(asked: Asked, config: ServingConfig, codec: Codec) -> list[Wish
         top_p=1.0 if asked.top_p is None else asked.top_p,
         seed=asked.seed,
         logprobs=asked.logprobs,
+        adapter=asked.model if asked.model in config.model.adapters else None,
     )
     wish = Wish(
         prompt,

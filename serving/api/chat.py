@@ -58,7 +58,7 @@ async def prepare(request: ChatRequest, config: ServingConfig, codec: Codec, eng
         prompt_tokens=len(wanted[0].prompt),
         id=f"chatcmpl-{uuid.uuid4().hex}",
         created=int(time.time()),
-        model=config.model.served_name,
+        model=request.model,
         codec=codec,
     )
 

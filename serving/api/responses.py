@@ -50,7 +50,7 @@ async def prepare(request: ResponsesRequest, config: ServingConfig, codec: Codec
         prompt_tokens=len(wish.prompt),
         id=f"resp_{uuid.uuid4().hex}",
         created=int(time.time()),
-        model=config.model.served_name,
+        model=request.model,
         echo=request.echo(config.default_effort),
         shows_reasoning=request.shows_reasoning,
     )

@@ -24,7 +24,8 @@ class Sampling:
     Temperature 0 takes the most likely token each time (argmax, the first of equals). `maximum_tokens` counts the stop
     token, which is part of the output. The same `seed` draws the same tokens on the same engine and machine, whatever
     else is in the batch, up to rounding. `logprobs` asks for log-probabilities: None for none, 0 for those of the
-    tokens that were drawn, n for those of the n most likely ones beside them.
+    tokens that were drawn, n for those of the n most likely ones beside them. `adapter` names one of those that the
+    engine was started with; None takes the checkpoint as it lies.
     """
 
     maximum_tokens: int
@@ -33,6 +34,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     logprobs: int | None = None
+    adapter: str | None = None
 
 
 MAXIMUM_LOGPROBS = 20
@@ -85,7 +87,7 @@ class Engine(ABC):
 
         Raises:
             EngineError: the engine has died or was stopped, before or during the generation.
-            ValueError: the request is longer than the engine can hold.
+            ValueError: the request is longer than the engine can hold, or asks for an adapter that it does not have.
         """
 
     @abstractmethod

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from serving.config import ServingConfig
+from serving.config import NO_ADAPTERS, ServingConfig
 from serving.engines.base import Engine, EngineError
 
 Kind = Literal["transformers", "vllm"]
@@ -23,7 +23,7 @@ def choose_engine(config: ServingConfig) -> Choice:
     """The engine that `engine.kind` asks for on this node, of which `auto` takes the fastest that runs.
 
     Raises:
-        EngineError: vLLM is asked for, and is not installed on this node or replicas have no GPU.
+        EngineError: vLLM is needed, and is not installed on this node or replicas have no GPU.
     """
     wish, has_gpu = config.engine.kind, config.replicas.gpus > 0
     installed = importlib.util.find_spec("vllm") is not None
@@ -38,6 +38,8 @@ def choose_engine(config: ServingConfig) -> Choice:
         return Choice("vllm", "the engine is vLLM, as engine.kind asks")
     if wish == "auto" and has_gpu and installed:
         return Choice("vllm", "the engine is vLLM: it is installed, and the replica has a GPU")
+    if config.model.adapters:
+        raise EngineError(f"vLLM is not installed on this node; {NO_ADAPTERS}")
     reason = "as engine.kind asks" if wish == "transformers" else "vLLM is not installed"
     if not has_gpu:
         reason = reason if wish == "transformers" else "the replica has no GPU"
@@ -59,11 +61,13 @@ def load_engine(config: ServingConfig, kind: Kind, folder: Path) -> Engine:
     """
     engine = config.engine
     if kind == "vllm":
+        from serving.engines.adapters import find_adapters
         from serving.engines.vllm import VllmEngine
 
         return VllmEngine(
             folder,
             config.model.precision,
+            find_adapters(folder, config.model.adapters),
             maximum_concurrent=engine.maximum_concurrent,
             maximum_batch_tokens=engine.maximum_batch_tokens,
             maximum_cached_tokens=engine.maximum_cached_tokens,

@@ -62,6 +62,8 @@ class ContinuousEngine(Engine):
 
     async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Batch, None]:
         self.refuse_when_draining()
+        if sampling.adapter is not None:
+            raise ValueError(f"the engine has no adapter {sampling.adapter!r}: it runs one model")
         if not prompt:
             raise ValueError("a prompt has at least one token")
         if min(prompt) < 0 or max(prompt) >= self._vocabulary:

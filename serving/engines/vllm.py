@@ -14,11 +14,13 @@ import asyncio
 import itertools
 import os
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from serving.engines.adapters import ADAPTER_FOLDER, check_tensors
 from serving.engines.base import (
     MAXIMUM_LOGPROBS,
     Batch,
@@ -28,21 +30,25 @@ from serving.engines.base import (
     Sampling,
     TokenLogprob,
 )
-from serving.engines.vllm_start import ADAPTER_FOLDER, adapter_rank, cache_bytes, check_version, start
+from serving.engines.vllm_start import adapter_rank, cache_bytes, check_version, start
 
 _GREEDY_BELOW = 1e-4
 _SEED_MASK = 2**63 - 1
 _STOP_SECONDS = 10.0
+_MERGE = "merge it with python -m training merge --format bf16"
 
 
 class VllmEngine(Engine):
     """One `AsyncLLM` over a checkpoint folder: a merged one, or a base with its adapter in the subfolder `adapter`.
 
     All requests of an engine come from one event loop. A temperature from 1e-4 to 0.01 is drawn as 0.01, vLLM's least.
+    All adapters are in the GPU's memory at a time, and requests with different ones share a forward pass. vLLM keeps
+    their keys and values apart, also those of prompts that begin alike.
 
     Args:
         folder: checkpoint in Hugging Face layout.
         precision: of weights that are not packed, and of activations.
+        adapters: folders of PEFT adapters of the same base, by the name that `Sampling.adapter` asks for.
         maximum_concurrent: sequences in one forward pass.
         maximum_batch_tokens: tokens in one forward pass; longer prompts are split.
         maximum_cached_tokens: tokens whose keys and values are kept. vLLM keeps less of layers with a window, so that
@@ -50,7 +56,7 @@ class VllmEngine(Engine):
         longest_sequence: tokens of the longest prompt and answer together.
 
     Raises:
-        CheckpointError: the adapter cannot be served beside its base.
+        CheckpointError: an adapter cannot be served beside this base.
         EngineError: vLLM is too old, or did not start.
     """
 
@@ -58,6 +64,7 @@ class VllmEngine(Engine):
         self,
         folder: str | Path,
         precision: str,
+        adapters: Mapping[str, Path] = MappingProxyType({}),
         *,
         maximum_concurrent: int,
         maximum_batch_tokens: int,
@@ -68,8 +75,11 @@ class VllmEngine(Engine):
         # Nothing about an endpoint leaves it; vLLM reports its use to its makers otherwise.
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         check_version()
-        adapter = folder / ADAPTER_FOLDER
-        rank = adapter_rank(adapter) if adapter.is_dir() else None
+        own = folder / ADAPTER_FOLDER
+        folders: dict[str | None, Path] = ({None: own} if own.is_dir() else {}) | dict(adapters)
+        ranks = [adapter_rank(each) for each in folders.values()]
+        for each in folders.values():
+            check_tensors(each, folder)
         held_bytes = cache_bytes(folder, maximum_cached_tokens)
         self.longest_sequence = longest_sequence
         self._maximum_concurrent = maximum_concurrent
@@ -93,11 +103,11 @@ class VllmEngine(Engine):
             logprobs_mode="raw_logprobs",
             disable_log_stats=True,
             enable_log_requests=False,
-            **({} if rank is None else {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}),
+            **({"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": max(ranks)} if ranks else {}),
         )
-        self._adapter = None if rank is None else _lora_request(adapter)
-        self._adapter_seen = rank is None
-        self._adapter_lock = asyncio.Lock()
+        self._adapters = {name: _lora_request(number, folders[name]) for number, name in enumerate(folders, start=1)}
+        self._adapters_seen = not folders
+        self._adapters_lock = asyncio.Lock()
         self._numbers = itertools.count()
         self._live: dict[str, int] = {}
         self._generated = 0
@@ -112,12 +122,15 @@ class VllmEngine(Engine):
             raise ValueError("a prompt has at least one token")
         if len(prompt) + sampling.maximum_tokens > self.longest_sequence:
             raise ValueError(f"prompt and answer exceed the engine's {self.longest_sequence} tokens")
+        if sampling.adapter is not None and sampling.adapter not in self._adapters:
+            raise ValueError(f"the engine has no adapter {sampling.adapter!r}")
+        adapter = self._adapters.get(sampling.adapter)
         request_id = f"request-{next(self._numbers)}"
         tokens_held = len(prompt)
         self._live[request_id] = tokens_held
         try:
-            await self._see_adapter(prompt)
-            async with aclosing(self._outputs(prompt, sampling, request_id, self._adapter)) as outputs:
+            await self._see_adapters(prompt)
+            async with aclosing(self._outputs(prompt, sampling, request_id, adapter)) as outputs:
                 async for batch in outputs:
                     tokens_held += len(batch.tokens)
                     self._live[request_id] = tokens_held
@@ -205,33 +218,44 @@ class VllmEngine(Engine):
         if self._death is not None:
             raise EngineError(self._death)
 
-    async def _see_adapter(self, prompt: list[int]) -> None:
-        """Once, before the first request: the adapter must change what the base says of its prompt.
+    async def _see_adapters(self, prompt: list[int]) -> None:
+        """Once, before the first request: each adapter must load, and change what the base says of its prompt.
 
         vLLM has passed over adapters in silence (vllm-project/vllm issue 31534), and would then serve the base.
         """
-        if self._adapter_seen:
+        if self._adapters_seen:
             return
-        async with self._adapter_lock:
-            if self._adapter_seen:
-                return
-            asked = Sampling(1, (), 0.0, logprobs=MAXIMUM_LOGPROBS)
-            said = []
-            for name, adapter in (("adapter", self._adapter), ("base", None)):
-                request_id = f"{name}-{next(self._numbers)}"
-                said.append([batch async for batch in self._outputs(prompt, asked, request_id, adapter)])
-            if said[0] == said[1]:
-                self._death = (
-                    "vLLM serves the base as if it had no adapter; merge it with python -m training merge --format bf16"
-                )
+        async with self._adapters_lock:
+            if self._death is not None:
                 raise EngineError(self._death)
-            self._adapter_seen = True
+            if self._adapters_seen:
+                return
+            base = await self._first_token(prompt, None)
+            for adapter in self._adapters.values():
+                try:
+                    # One that came with a request would end the engine where it cannot be loaded.
+                    await self._engine.add_lora(adapter)
+                except Exception as error:
+                    reason = " ".join(str(error).split())
+                    self._death = f"vLLM does not load the adapter {adapter.lora_path} ({reason}); {_MERGE}"
+                    raise EngineError(self._death) from error
+                if await self._first_token(prompt, adapter) == base:
+                    self._death = f"vLLM serves the base as if it had no adapter {adapter.lora_path}; {_MERGE}"
+                    raise EngineError(self._death)
+            self._adapters_seen = True
+
+    async def _first_token(self, prompt: list[int], adapter: Any) -> list[Batch]:
+        """The most likely next token and the log-probabilities of the next likeliest."""
+        asked = Sampling(1, (), 0.0, logprobs=MAXIMUM_LOGPROBS)
+        request_id = f"trial-{next(self._numbers)}"
+        return [batch async for batch in self._outputs(prompt, asked, request_id, adapter)]
 
 
-def _lora_request(adapter: Path) -> Any:
+def _lora_request(number: int, adapter: Path) -> Any:
+    """vLLM tells adapters apart by number, and their cached keys and values by name."""
     from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
 
-    return LoRARequest(lora_name=ADAPTER_FOLDER, lora_int_id=1, lora_path=str(adapter))
+    return LoRARequest(lora_name=f"{number} {adapter}", lora_int_id=number, lora_path=str(adapter))
 
 
 def _sampling_params(sampling: Sampling) -> Any:

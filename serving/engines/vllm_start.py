@@ -1,18 +1,16 @@
-"""What vLLM is started with: its version, memory for its cache, an adapter beside the base."""
+"""What vLLM is started with: its version, memory for its cache, adapters beside the base."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from pathlib import Path
 from typing import Any
 
-from cluster.artifacts import ADAPTER_SETTINGS, ADAPTER_WEIGHTS
+from cluster.artifacts import ADAPTER_SETTINGS
 from cluster.model import ModelShape
+from serving.engines.adapters import adapter_settings
 from serving.engines.base import CheckpointError, EngineError
 
-ADAPTER_FOLDER = "adapter"
-"""subfolder of a base in which its adapter lies, as `python -m training merge --format adapter` writes it"""
 OLDEST_VERSION = (0, 22)
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """ranks that vLLM has kernels for; an adapter is padded to the next"""
@@ -27,16 +25,11 @@ def adapter_rank(adapter: Path) -> int:
     """The rank to give vLLM for a PEFT adapter folder.
 
     Raises:
-        CheckpointError: a file is missing or cannot be read, or the adapter has what vLLM leaves out in silence.
+        CheckpointError: its settings cannot be read, or have what vLLM leaves out in silence.
     """
     path = adapter / ADAPTER_SETTINGS
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        rank = int(settings["r"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is no PEFT adapter's settings ({error!r}); make the adapter again") from error
-    if not (adapter / ADAPTER_WEIGHTS).is_file():
-        raise CheckpointError(f"{adapter / ADAPTER_WEIGHTS} is missing; make the adapter again")
+    settings = adapter_settings(adapter)
+    rank: int = settings["r"]
     for name in ("rank_pattern", "alpha_pattern"):
         if settings.get(name):
             raise CheckpointError(

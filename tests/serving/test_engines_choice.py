@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.artifacts import ADAPTER_SETTINGS
+from cluster.model import ModelShape
 from serving.config import ServingConfig
 from serving.engines.base import CheckpointError, EngineError
 from serving.engines.choice import choose_engine, load_engine
 from serving.engines.continuous import ContinuousEngine
 from serving.engines.vllm import VllmEngine
 from serving.replica import load_checkpoint
+from tests.benchmarks.random_checkpoints import write_adapter
 from tests.serving import vllm_double
 from tests.serving.harness import serving_config
 from tests.serving.tiny import save_tiny_checkpoint
 
 
-def config(kind: str, gpus: int, folder: Path | str = "nowhere") -> ServingConfig:
+def config(kind: str, gpus: int, folder: Path | str = "nowhere", **model: Any) -> ServingConfig:
     engine = {
         "kind": kind,
         "maximum_output_tokens": 400,
         "default_output_tokens": 300,
         "maximum_cached_tokens": 2048,
     }
-    model = {"path": str(folder), "precision": "fp32"}
+    model = {"path": str(folder), "precision": "fp32", **model}
     return serving_config(engine=engine, replicas={"gpus": gpus}, model=model)
 
 
@@ -104,12 +104,32 @@ def test_a_replica_loads_either_engine(tmp_path: Path, caplog: pytest.LogCapture
 @pytest.mark.usefixtures("installed")
 def test_a_base_with_its_adapter_needs_vllm(tmp_path: Path) -> None:
     folder = save_tiny_checkpoint(tmp_path / "checkpoint")
-    (folder / "adapter").mkdir()
-    (folder / "adapter" / ADAPTER_SETTINGS).write_text(json.dumps({"r": 8}))
-    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    write_adapter(folder / "adapter", folder, ModelShape.from_folder(folder), 8)
     with pytest.raises(CheckpointError, match=r"merge the adapter .*, or serve it with engine\.kind vllm"):
         load_checkpoint(config("auto", 0, folder))
     engine, _ = load_checkpoint(config("auto", 1, folder))
     inside: Any = engine
     assert inside._engine.args.enable_lora
     assert isinstance(load_engine(config("auto", 1, folder), "vllm", folder), VllmEngine)
+
+
+@pytest.mark.usefixtures("installed")
+def test_adapters_by_name_reach_vllm(tmp_path: Path) -> None:
+    folder = save_tiny_checkpoint(tmp_path / "checkpoint")
+    write_adapter(tmp_path / "french", folder, ModelShape.from_folder(folder), 8)
+    wanted = config("auto", 1, folder, adapters={"french": str(tmp_path / "french")})
+    engine, _ = load_checkpoint(wanted)
+    inside: Any = engine
+    assert [request.lora_path for request in inside._adapters.values()] == [str(tmp_path / "french")]
+
+
+@pytest.mark.parametrize(("kind", "gpus"), [("transformers", 1), ("auto", 0), ("vllm", 0)])
+def test_adapters_by_name_need_vllm_on_a_gpu(kind: str, gpus: int) -> None:
+    with pytest.raises(ValueError, match=r"model\.adapters needs the engine vLLM on a GPU.*set engine\.kind to vllm"):
+        config(kind, gpus, adapters={"french": "adapter"})
+
+
+@pytest.mark.usefixtures("not_installed")
+def test_adapters_by_name_need_vllm_to_be_installed() -> None:
+    with pytest.raises(EngineError, match=r"vLLM is not installed on this node; model\.adapters needs the engine vLLM"):
+        choose_engine(config("auto", 1, adapters={"french": "adapter"}))

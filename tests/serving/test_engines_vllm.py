@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from serving.engines.base import CheckpointError, EngineError, Sampling, TokenLogprob
+from serving.engines.base import EngineError, Sampling, TokenLogprob
 from serving.engines.vllm import VllmEngine
 from tests.serving import vllm_double
 from tests.serving.engine_harness import batches, generate, until
@@ -28,18 +28,6 @@ def double(monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text(json.dumps(tiny_config(tiny_tokenizer()).to_dict()))
     return tmp_path
-
-
-@pytest.fixture
-def adapted(folder: Path) -> Path:
-    write_adapter(folder, r=12)
-    return folder
-
-
-def write_adapter(folder: Path, **settings: Any) -> None:
-    (folder / "adapter").mkdir(exist_ok=True)
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
-    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"")
 
 
 def new_engine(folder: Path) -> VllmEngine:
@@ -230,56 +218,6 @@ def test_another_event_loop_is_refused(folder: Path) -> None:
     asyncio.run(generate(engine, [5], Sampling(1, ())))
     with pytest.raises(RuntimeError, match="one event loop"):
         asyncio.run(generate(engine, [5], Sampling(1, ())))
-
-
-def test_an_adapter_beside_its_base_is_used(adapted: Path) -> None:
-    engine = new_engine(adapted)
-    args = inside(engine).args
-    assert (args.enable_lora, args.max_loras, args.max_lora_rank) == (True, 1, 16)
-
-    async def run() -> list[list[int]]:
-        return list(await asyncio.gather(*(generate(engine, [5], Sampling(2, (), 0.0)) for _ in range(3))))
-
-    assert asyncio.run(run()) == [[13, 21]] * 3
-    seen, base, *served = inside(engine).requests
-    assert seen[2].lora_path == str(adapted / "adapter")
-    assert base[2] is None
-    assert [adapter.lora_int_id for _, _, adapter in served] == [1, 1, 1]
-
-
-def test_an_adapter_that_changes_nothing_is_an_error(adapted: Path) -> None:
-    engine = new_engine(adapted)
-    inside(engine).ignores_adapters = True
-
-    async def run() -> None:
-        for _ in range(2):
-            with pytest.raises(EngineError, match="as if it had no adapter; merge it"):
-                await generate(engine, [5], Sampling(2, ()))
-
-    asyncio.run(run())
-    assert not engine.healthy()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"r": 8, "alpha_pattern": {"q_proj": 4}}, "alpha_pattern, which vLLM does not follow"),
-        ({"r": 600}, "rank 600, and vLLM takes at most 512"),
-        ({"lora_alpha": 8}, "no PEFT adapter's settings"),
-    ],
-)
-def test_adapters_that_vllm_would_serve_wrongly_are_refused(
-    folder: Path, settings: dict[str, Any], message: str
-) -> None:
-    write_adapter(folder, **settings)
-    with pytest.raises(CheckpointError, match=message):
-        new_engine(folder)
-
-
-def test_an_adapter_without_weights_is_refused(adapted: Path) -> None:
-    (adapted / "adapter" / "adapter_model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is missing"):
-        new_engine(adapted)
 
 
 def test_an_old_vllm_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,10 @@ class AsyncLLM:
     aborted: list[str] = field(default_factory=list)
     makers: list[asyncio.Task[None]] = field(default_factory=list)
     errored: bool = False
-    ignores_adapters: bool = False
+    added: list[LoRARequest] = field(default_factory=list)
+    ignored: set[str] = field(default_factory=set)
+    """folders of adapters that are passed over in silence"""
+    unloadable: set[str] = field(default_factory=set)
     pause: float = 0.0
     shutdowns: int = 0
 
@@ -183,6 +186,13 @@ class AsyncLLM:
             await self.abort(request_id)
             raise EngineGenerateError from error
 
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        if lora_request.lora_path in self.unloadable:
+            raise Exception("Call to add_lora method failed: expected target modules")
+        self.added.append(lora_request)
+        assert len({adapter.lora_int_id for adapter in self.added}) <= self.args.max_loras, "one would be evicted"
+        return True
+
     async def abort(self, request_id: str | Iterable[str]) -> None:
         for each in [request_id] if isinstance(request_id, str) else list(request_id):
             if (queue := self.queues.pop(each, None)) is not None:
@@ -213,7 +223,7 @@ class AsyncLLM:
         request_id: str,
         adapter: LoRARequest | None,
     ) -> None:
-        shift = 7 if adapter and not self.ignores_adapters else 0
+        shift = 7 * adapter.lora_int_id if adapter and adapter.lora_path not in self.ignored else 0
         token, budget = prompt[-1], params.max_tokens or LIMIT
         for number in range(budget):
             await asyncio.sleep(self.pause)
