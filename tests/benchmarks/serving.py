@@ -44,8 +44,6 @@ MARGIN_TOKENS = 128
 """what Harmony's system message and headers add to a prompt"""
 START_SECONDS = 1200.0
 ROW_SECONDS = 3600.0
-SINGLE_REQUESTS = 30
-"""one after the other, for the time to first token"""
 APPLICATION = "benchmark"
 
 
@@ -109,8 +107,8 @@ def _measure_endpoint(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Our endpoint on a Ray of its own."""
     with endpoint(name, options) as (url, take_first_token_seconds):
         words = _words(options.prompt_tokens, _codec_folder(name, options))
-        single = bench(url, options, words, 1, SINGLE_REQUESTS, warmup=3)
-        engine = sorted(take_first_token_seconds()[-SINGLE_REQUESTS:])
+        single = bench(url, options, words, 1, options.single_requests, warmup=3)
+        engine = sorted(take_first_token_seconds()[-options.single_requests :])
         found = bench(url, options, words, options.streams, options.requests, warmup=options.streams)
     whole = single["summary"]["latencies"]["time_to_first_token"]["p50"]
     return {
@@ -273,7 +271,7 @@ def _measure_server(name: str, options: argparse.Namespace) -> dict[str, Any]:
             _wait_until_healthy(url, server)
             flags = ("--completions", "--field", "ignore_eos=true")
             words = options.prompt_tokens
-            single = bench(url, options, words, 1, SINGLE_REQUESTS, 3, *flags)
+            single = bench(url, options, words, 1, options.single_requests, 3, *flags)
             found = bench(url, options, words, options.streams, options.requests, options.streams, *flags)
         except RuntimeError as error:
             log.seek(0)
@@ -342,6 +340,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--shapes", default=",".join(SHAPES), help="on a GPU (default: %(default)s)")
     parser.add_argument("--streams", type=int, default=256, help="requests at a time (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=2048, help="requests of a row (default: %(default)s)")
+    parser.add_argument("--single-requests", type=int, default=30,
+                        help="one after the other, for the time to first token (default: %(default)s)")  # fmt: skip
     parser.add_argument("--checkpoint", default=str(CHECKPOINT), help="folder of random weights; made if not there")
     parser.add_argument("--out", default=str(RESULTS), help="folder of the result files (default: %(default)s)")
     parser.add_argument("--row", help=argparse.SUPPRESS)
