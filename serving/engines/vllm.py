@@ -75,7 +75,7 @@ class VllmEngine(Engine):
         # Nothing about an endpoint leaves it; vLLM reports its use to its makers otherwise.
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         # Its engine's process is forked unless told, and cannot use a GPU that this process has looked at.
-        os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         check_version()
         own = folder / ADAPTER_FOLDER
         folders: dict[str | None, Path] = ({None: own} if own.is_dir() else {}) | dict(adapters)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from peft import PeftModel
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -261,7 +262,8 @@ def test_a_sharded_base_is_not_gathered(tmp_path: Path, monkeypatch: pytest.Monk
     run = new_run()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
-        fully_shard(run.model, ignored_params=set(run.weights))
+        mesh = init_device_mesh("cpu", (1,))
+        fully_shard(run.model, mesh=mesh, ignored_params=set(run.weights))
         run.step()
         assert sum(isinstance(weight, DTensor) for weight in run.model.parameters()) > 10
 
@@ -278,7 +280,7 @@ def test_a_sharded_base_is_not_gathered(tmp_path: Path, monkeypatch: pytest.Monk
             one.state = snapshot.new_trainer_state()
             assert differences(one.snapshot(rng=snapshot.rng), snapshot) == []
         sharded = new_run()
-        fully_shard(sharded.model)
+        fully_shard(sharded.model, mesh=mesh)
         with pytest.raises(ValueError, match=r"lora_A.weight is sharded; a checkpoint holds adapters that are whole"):
             adapter_weights(sharded.model)
     finally:
