@@ -21,19 +21,9 @@ import pytest
 from cluster.hardware import GIB
 from cluster.memory import step_gather_bytes
 from tests.benchmarks.record import RESULTS
-from tests.benchmarks.scaling import (
-    AIM,
-    MUST,
-    POINTS,
-    end,
-    options_of,
-    reaches,
-    recipe_of,
-    row_of,
-    settings_of,
-    shape_of,
-    wait_for,
-)
+from tests.benchmarks.scaling import end, options_of, wait_for
+from tests.benchmarks.scaling_points import POINTS, recipe_of, settings_of, shape_of
+from tests.benchmarks.scaling_rows import AIM, MUST, reaches, row_of
 from tests.benchmarks.scaling_worker import Setting
 
 pytestmark = pytest.mark.cluster
