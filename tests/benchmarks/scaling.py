@@ -38,6 +38,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from multiprocessing.context import ForkContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -104,9 +105,11 @@ def run_point(name: str, setting: Setting, scratch: Path, limit_seconds: float) 
     folder = scratch / name
     folder.mkdir()
     # A CUDA process must be a new one; a fork has imported everything already.
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    context: SpawnContext | ForkContext = (
+        multiprocessing.get_context("spawn") if torch.cuda.is_available() else multiprocessing.get_context("fork")
+    )
     with contextlib.ExitStack() as stack:
-        processes = []
+        processes: list[BaseProcess] = []
         for rank in range(setting.workers):
             process = context.Process(target=work, args=(setting, rank, folder))
             process.start()

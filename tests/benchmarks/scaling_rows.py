@@ -159,15 +159,18 @@ def _predicted(setting: Setting, figures: Row, one_seconds: float | None) -> Row
     """What `cluster.scaling` says of a point on several GPUs, from one GPU's step, else from the step without links."""
     profile = profile_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     alone = figures.get("gathers_alone")
-    if profile is None or setting.workers == 1 or (one_seconds is None and alone is None):
+    if profile is None or setting.workers == 1:
         return {}
     layout = Layout(setting.workers, setting.workers, setting.shards)
     links = Links.of(profile, network_gbit_per_second=1.0)  # of one host, whose network nothing passes
     shape, recipe, memory = shape_of(setting.model), recipe_of(setting), profile.bandwidth_bytes_per_second
-    source, seconds = "one_gpu", one_seconds
-    if seconds is None:
+    if one_seconds is not None:
+        source, seconds = "one_gpu", one_seconds
+    elif alone is not None:
         source, seconds = "step_seconds_without_links", alone["step_seconds_without_links"]
         seconds -= predict(Work(shape, recipe, 1, seconds, memory), layout, links).copy_seconds  # which it holds
+    else:
+        return {}
     expected = predict(Work(shape, recipe, 1, seconds, memory), layout, links)
     return {
         "predicted": {

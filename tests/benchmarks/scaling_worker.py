@@ -233,7 +233,7 @@ class _Run:
 
     def _gather_seconds(self) -> float:
         """Of each layer's gather in the order of a forward and of a backward pass, by the slowest worker."""
-        found = []
+        found: list[float] = []
         for _ in range(GATHER_ROUNDS):
             of_all_ranks(None)
             began = time.perf_counter()
