@@ -65,6 +65,8 @@ class Wish:
     """whether the model may go on after its first call"""
     check: Callable[[Reply], Faults] = _no_faults
     """what keeps calls and answer from the form that was asked for; where something does, the choice is malformed"""
+    checks_schemas: bool = False
+    """whether `check` may take longer than an event loop may stand still"""
 
 
 class DrawnToken(NamedTuple):

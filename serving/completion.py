@@ -56,7 +56,7 @@ class Completion:
 
     def _parse(self, tokens: Sequence[int]) -> list[Delta]:
         self._length += len(tokens)
-        return [delta for token in tokens for delta in self._parser.push(token)]
+        return self._parser.push_all(tokens)
 
     def finish(self, *, stopped: bool = False) -> list[Delta]:
         """The engine has no more tokens; returns the text that the parser still held back.

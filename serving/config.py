@@ -56,8 +56,9 @@ class EndpointConfig(Config):
     """TCP port that Serve's proxies bind"""
     application: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "raysoner"
     """name of the Serve application; the same name again replaces what runs under it"""
-    gathering_seconds: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """longest that a stream's token waits to be sent with the next, while many stream at a time; 0 sends each alone"""
+    gathering_seconds: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """longest that a stream's token waits to be sent with the next, with 256 streams at a time, and less with fewer; 0
+    sends each alone"""
 
 
 class EngineConfig(Config):

@@ -26,7 +26,7 @@ from cluster.config import ConfigError
 from serving.app import build
 from serving.config import EndpointConfig, ReplicasConfig, ServingConfig
 from serving.keys import KeyFile
-from serving.proxy import CALLBACK
+from serving.proxy import ENVIRONMENT
 
 _ANY_ADDRESS = ("0.0.0.0", "::")
 _POLL_SECONDS = 0.2
@@ -103,7 +103,7 @@ def _deploy_locally(config: ServingConfig) -> int:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.WARNING,
-        runtime_env={"env_vars": CALLBACK},
+        runtime_env={"env_vars": ENVIRONMENT},
     )
     try:
         require_resources(config.replicas)
@@ -135,7 +135,7 @@ def _drain(config: ServingConfig) -> None:
 def connect_to_cluster() -> None:
     """Joins the cluster of RAY_ADDRESS, and brings along the two packages that its workers import."""
     packages = [str(Path(str(module.__file__)).parent) for module in (cluster, serving)]
-    join_cluster(runtime_env={"py_modules": packages, "env_vars": CALLBACK})
+    join_cluster(runtime_env={"py_modules": packages, "env_vars": ENVIRONMENT})
 
 
 def join_cluster(**options: Any) -> None:

@@ -29,6 +29,8 @@ MALFORMED = frozenset({Outcome.MALFORMED_HEADER, Outcome.UNKNOWN_CHANNEL, Outcom
 """outcomes that no budget explains"""
 _MALFORMED_WEIGHT = 2
 """of a malformed attempt's faults: worse than one in the wrong language"""
+_FEW_LETTERS = 4096
+"""of thinking and answer, whose languages are told in under a millisecond: a hop to a thread would take as long"""
 
 
 class GenerationError(Exception):
@@ -87,6 +89,12 @@ class Generation:
         return policy.on_malformed == "report" and (policy.on_wrong_language == "report" or not self._wish.language)
 
     @property
+    def patient(self) -> bool:
+        """Whether its tokens may be taken late: nothing that the server does waits for one of them."""
+        wish = self._wish
+        return not (wish.stop or wish.must_call or wish.policy.rescue_share) and wish.parallel_calls
+
+    @property
     def calls(self) -> Sequence[ParsedCall]:
         """Tool calls opened so far, without their arguments."""
         return self._attempt.completion.calls
@@ -115,7 +123,7 @@ class Generation:
                         held.append(step)
             self.tokens += attempt.completion.tokens
             self.reasoning_tokens += attempt.completion.reasoning_tokens
-            judged = await asyncio.to_thread(_judge, attempt, held, self._wish)
+            judged = await self._judged(attempt, held)
             if best is None or judged.faults <= best.faults:
                 best = judged
             if live or not judged.faults:
@@ -140,6 +148,13 @@ class Generation:
         """
         async with aclosing(self.stream()) as steps:
             return [step async for step in steps]
+
+    async def _judged(self, attempt: Attempt, steps: list[Step]) -> _Judged:
+        """What an attempt is worth; found in a thread where that takes longer than the event loop may stand still."""
+        letters = len(attempt.reply.analysis) + len(attempt.reply.final)
+        if letters > _FEW_LETTERS or self._wish.checks_schemas:
+            return await asyncio.to_thread(_judge, attempt, steps, self._wish)
+        return _judge(attempt, steps, self._wish)
 
     def _plan(self) -> Iterator[Attempt]:
         """Attempts in order, each made when the one before was no good; the last begins the thinking itself."""

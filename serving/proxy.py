@@ -1,14 +1,16 @@
-"""What Ray Serve's HTTP proxies add to answers, for when the replica that gives them is lost.
+"""What Ray Serve's HTTP proxies add: turns for requests that come at once, and answers where a replica is lost.
 
-A proxy on its own drops the connection then. Where `python -m serving deploy` starts Serve, the environment variable of
-`CALLBACK` reaches its proxies; where Serve runs already, it must stand in the environment of `ray start` on every node,
-with this project importable there. Ray Serve calls `middlewares` in each proxy.
+A proxy on its own drops the connection then. Where `python -m serving deploy` starts Serve, the environment variables
+of `ENVIRONMENT` reach its proxies; where Serve runs already, `CALLBACK` must stand in the environment of `ray start`
+on every node, with this project importable there. Ray Serve calls `middlewares` in each proxy.
 
-Extension point: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH in ray/serve/_private/constants.py.
+Extension points: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH and RAY_SERVE_PROXY_GC_THRESHOLD in
+ray/serve/_private/constants.py.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Mapping
@@ -19,6 +21,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.proxy.middlewares"}
 """environment variable with which a proxy finds `middlewares`"""
+COLLECTION_THRESHOLD = 20_000
+"""containers that proxies and replicas make before Python looks for cycles among them; its own 700 are made by a few
+dozen events of streams, none of which leaves a cycle"""
+ENVIRONMENT = {**CALLBACK, "RAY_SERVE_PROXY_GC_THRESHOLD": str(COLLECTION_THRESHOLD)}
+"""what proxies are started with"""
+STARTING = 32
+"""POST requests of a proxy that are begun at a time"""
+STARTING_SECONDS = 0.1
+"""longest that the beginning of one keeps others waiting"""
 ATTEMPTS = 3
 """how many replicas a request is given to, as long as none has begun to answer"""
 REPLAYED_BYTES = 16 * 2**20
@@ -30,7 +41,44 @@ _logger = logging.getLogger("ray.serve")
 
 def middlewares() -> list[Middleware]:
     """What Ray Serve's proxies run around every request."""
-    return [Middleware(LostReplicas)]
+    return [Middleware(InTurn), Middleware(LostReplicas)]
+
+
+class InTurn:
+    """ASGI middleware: of requests that come at once a few are begun at a time, in the order in which they came.
+
+    An event loop gives all of them a little of its time in turn, so that the first of hundreds has its first token when
+    the last has it. A request is begun when its answer begins, or after `STARTING_SECONDS`: then it waits for the
+    engine, and others may come.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._places = asyncio.Semaphore(STARTING)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        await self._places.acquire()
+        timer: asyncio.TimerHandle | None = None
+
+        def begun() -> None:
+            nonlocal timer
+            if timer is not None:
+                timer.cancel()
+                timer = None
+                self._places.release()
+
+        async def tell(message: Message) -> None:
+            begun()
+            await send(message)
+
+        timer = asyncio.get_running_loop().call_later(STARTING_SECONDS, begun)
+        try:
+            await self._app(scope, receive, tell)
+        finally:
+            begun()
 
 
 class LostReplicas:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from contextlib import aclosing
 from typing import Any
@@ -16,6 +17,7 @@ from serving.autoscaling import QUEUE_SECONDS, RUNNING, TOKENS, WAITING, WAITING
 from serving.config import ServingConfig
 from serving.contract import judge
 from serving.engines.base import CheckpointError, Engine, EngineError, Sampling
+from serving.proxy import COLLECTION_THRESHOLD
 from serving.services import Services
 
 WARM_UP_TOKENS = 8
@@ -38,6 +40,7 @@ class Replica:
     """
 
     def __init__(self, raw: dict[str, Any]) -> None:
+        gc.set_threshold(COLLECTION_THRESHOLD)
         self.config = ServingConfig.model_validate(raw)
         self.engine, self.codec = self.load()
         self.services = Services.of(self.config, self.engine, str(serve.get_replica_context().replica_tag))

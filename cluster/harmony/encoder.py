@@ -18,6 +18,8 @@ from tokenizers import Tokenizer, models
 WORDS_KEPT = 1 << 18
 LONGEST_WORD = 48
 """longer stretches without a space, such as sentences of Chinese, hardly ever come again"""
+SHORT_LETTERS = 4096
+"""of texts that are encoded in about a millisecond"""
 
 _BEFORE_WORD = re.compile(r"(?<=\S)(?= \S)")
 O200K = "|".join(
@@ -44,11 +46,14 @@ class Encoder:
         self._lock = Lock()
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text."""
-        if not self.cuts_at_spaces:
+        """The tokens of each text. Short texts do not wait for long ones that another thread encodes."""
+        wait = not _are_short(texts)
+        if not self.cuts_at_spaces or not self._lock.acquire(blocking=wait):
             return [encoding.ids for encoding in self._encode(texts)]
-        with self._lock:
+        try:
             return self._look_up([_BEFORE_WORD.split(text) for text in texts])
+        finally:
+            self._lock.release()
 
     def _look_up(self, pieces: list[list[str]]) -> list[list[int]]:
         known = self._known
@@ -64,7 +69,14 @@ class Encoder:
         return encoded
 
     def _encode(self, texts: Sequence[str]):  # type: ignore[no-untyped-def]
+        if _are_short(texts):
+            # A batch is handed to threads, and to wait for them takes longer than this.
+            return [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         return self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+
+
+def _are_short(texts: Sequence[str]) -> bool:
+    return sum(map(len, texts)) <= SHORT_LETTERS
 
 
 def splits_before_words(tokenizer: Tokenizer) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from codecs import getincrementaldecoder
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -71,6 +71,25 @@ class StreamParser:
             self._fail(Outcome.MALFORMED_HEADER)
         self._labels.append(self._label)
         return self._emit(self._utf8.decode(self._bytes[token]))
+
+    def push_all(self, tokens: Sequence[int]) -> list[Delta]:
+        """Take the next tokens; the text is that of `push` of each, what goes to one part in one piece where it can."""
+        deltas: list[Delta] = []
+        names, place = self._names, 0
+        while place < len(tokens):
+            end = place
+            if self._state == "content":
+                while end < len(tokens) and tokens[end] not in names:
+                    end += 1
+            if end == place:
+                deltas += self.push(tokens[place])
+                place += 1
+                continue
+            run = tokens[place:end]
+            self._labels += bytes((self._label,)) * len(run)
+            deltas += self._emit(self._utf8.decode(b"".join([self._bytes[token] for token in run])))
+            place = end
+        return deltas
 
     def flush(self) -> list[Delta]:
         """There are no more tokens; returns the text still held back: of a header, or of a letter cut in two."""

@@ -51,6 +51,8 @@ class Asked:
 
 
 DEFAULT_RESCUE_SHARE = 0.25
+_FEW_LETTERS = 2048
+"""of a conversation that is rendered in under a millisecond: handing it to a thread would take as long"""
 
 
 class Asking(Strict, ABC):
@@ -159,8 +161,7 @@ async def wishes(asked: Asked, config: ServingConfig, codec: Codec) -> list[Wish
     tag, conversation = _in_language(asked, config)
     if asked.must_call:
         conversation = ask_for_call(conversation, asked.must_call)
-    # In a thread: a long text takes longer to encode than the event loop may stand still.
-    prompt = await asyncio.to_thread(codec.prompt, conversation)
+    prompt = await _rendered(conversation, codec)
     if len(prompt) > limits.prompt_tokens:
         message = f"the prompt takes {len(prompt)} tokens, more than the {limits.prompt_tokens} that are allowed"
         raise _refused(asked.messages_field, message, code="context_length_exceeded")
@@ -182,11 +183,22 @@ async def wishes(asked: Asked, config: ServingConfig, codec: Codec) -> list[Wish
         must_call=asked.must_call,
         parallel_calls=asked.parallel_calls,
         check=Check(conversation.tools, conversation.response_format, asked.must_call),
+        checks_schemas=bool(conversation.tools or conversation.response_format),
     )
     return [
         wish if asked.seed is None else replace(wish, sampling=replace(sampling, seed=asked.seed + place))
         for place in range(asked.choices)
     ]
+
+
+async def _rendered(conversation: Conversation, codec: Codec) -> list[int]:
+    """The prompt's tokens; in a thread where that takes longer than the event loop may stand still."""
+    messages = conversation.messages
+    calls = any(message.tool_call for message in messages)
+    letters = sum(len(message.content) + len(message.thinking or "") for message in messages)
+    if letters > _FEW_LETTERS or calls or conversation.tools or conversation.response_format:
+        return await asyncio.to_thread(codec.prompt, conversation)
+    return codec.prompt(conversation)
 
 
 def _in_language(asked: Asked, config: ServingConfig) -> tuple[str | None, Conversation]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -22,8 +23,10 @@ from serving.generation import Generation
 from serving.keys import ANONYMOUS, Caller, Reservation
 from serving.services import Services
 
-_MANY_STREAMS = 128
-"""from so many on tokens are gathered as long as they may be"""
+_MANY_STREAMS = 256
+"""from so many on tokens are gathered as long as they may be; up to there a replica's pieces a second stay the same"""
+_EARLY = 0.75
+"""after so much of the time what comes is sent, rather than held for what comes next"""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Endpoint:
         """How long tokens of a stream are gathered before they are sent, growing with what runs beside it."""
         longest = self.config.endpoint.gathering_seconds
         return longest * min(1.0, self.services.admission.running / _MANY_STREAMS) if longest else 0.0
+
+    def sending_seconds(self) -> float:
+        """Least time between what is sent of a stream: tokens that an engine has gathered come a little early too."""
+        return self.gathering_seconds() * _EARLY
 
 
 class Job(Protocol):
@@ -79,13 +86,13 @@ async def answer(
     try:
         caller = exchange.identify(request)
         wanted = parse_request(model, await read_body(request, endpoint.config.limits.body_bytes))
-        engine = _MeasuredEngine(endpoint.services.admission.engine_for(caller.name), exchange)
+        engine = _RequestEngine(endpoint.services.admission.engine_for(caller.name), exchange)
         job = await interface.prepare(wanted, endpoint.config, endpoint.codec, engine)
         exchange.begin(job)
+        if engine.accumulates and all(choice.patient for choice in job.choices):
+            engine.gathering_seconds = endpoint.gathering_seconds
         if wanted.stream:
-            return await event_stream(
-                request, exchange.watch(interface.stream(job)), ending, endpoint.gathering_seconds
-            )
+            return await event_stream(request, exchange.watch(interface.stream(job)), ending, endpoint.sending_seconds)
         body = await unless_disconnected(request, interface.complete(job))
         exchange.end(200)
         return JSONResponse(body)
@@ -170,15 +177,21 @@ class _Exchange:
                 metrics.rescued()
 
 
-class _MeasuredEngine(EngineView):
-    """An engine that tells an exchange when tokens come."""
+class _RequestEngine(EngineView):
+    """One request's engine: tells an exchange when tokens come, and comes late for them where many run beside it.
+
+    Each batch that an engine hands over costs as much as many tokens, so that those of an engine that `accumulates` are
+    taken every `gathering_seconds`; the first are taken at once, and nobody waits after the last.
+    """
 
     def __init__(self, engine: Engine, exchange: _Exchange) -> None:
         super().__init__(engine)
+        self.gathering_seconds: Callable[[], float] = lambda: 0.0
         self._exchange = exchange
 
     async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Batch, None]:
         first = last = 0.0
+        left = sampling.maximum_tokens
         async with aclosing(self.engine.generate(prompt, sampling)) as batches:
             try:
                 async for batch in batches:
@@ -187,5 +200,10 @@ class _MeasuredEngine(EngineView):
                         first = last
                         self._exchange.first_token()
                     yield batch
+                    left -= len(batch.tokens)
+                    if left <= 0 or batch.tokens[-1] in sampling.stop_tokens:
+                        continue
+                    if (wait := last + self.gathering_seconds() - time.perf_counter()) > 0:
+                        await asyncio.sleep(wait)
             finally:
                 self._exchange.token_seconds += last - first

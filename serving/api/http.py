@@ -7,10 +7,12 @@ import json
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import aclosing
+from types import TracebackType
 from typing import Any, TypeVar
 
 from fastapi import Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from serving.api.errors import ApiError, ToldError, to_api_error
 from serving.tasks import end
@@ -38,7 +40,7 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 async def event_stream(
     request: Request, events: AsyncGenerator[str, None], ending: str, gathering_seconds: Callable[[], float]
-) -> StreamingResponse:
+) -> Response:
     """Events as they come, then `ending`.
 
     The first is sent at once. A later one that comes within `gathering_seconds` of what was sent last goes with the
@@ -53,8 +55,7 @@ async def event_stream(
         Exception: what the first event raises.
     """
     first = await unless_disconnected(request, _first(events))
-    content = _rest(first, events, ending, gathering_seconds)
-    return StreamingResponse(content, media_type="text/event-stream", headers=_NO_BUFFERING)
+    return _EventStream(_rest(first, events, ending, gathering_seconds))
 
 
 def event(data: dict[str, Any], name: str | None = None) -> str:
@@ -69,15 +70,63 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Result
     Raises:
         ApiError: 499 when it did; nobody reads it.
     """
-    task = asyncio.create_task(work)
-    hang_up = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait((task, hang_up), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ApiError(499, "the client closed the connection", code="client_closed_request")
-    finally:
-        await end((task, hang_up))
+    async with _Connection(request.receive):
+        return await work
+
+
+class _Connection:
+    """Cancels what the running task does inside of it when the client hangs up, and raises ApiError 499 then.
+
+    It works as `asyncio.timeout` does: the work needs no task of its own.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._left = False
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "a coroutine runs in a task"
+        self._task, self._cancelling = task, task.cancelling()
+        self._watch = asyncio.create_task(_disconnected(self._receive))
+        self._watch.add_done_callback(self._hang_up)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._watch.remove_done_callback(self._hang_up)
+        self._watch.cancel()
+        if self._left and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise ApiError(499, "the client closed the connection", code="client_closed_request") from None
+
+    def _hang_up(self, watch: asyncio.Task[None]) -> None:
+        if watch.cancelled():
+            return
+        watch.exception()
+        self._left = True
+        self._task.cancel()
+
+
+class _EventStream(Response):
+    """A stream of events on its way; it ends when the client hangs up."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, pieces: AsyncGenerator[str, None]) -> None:
+        self.status_code, self.background = 200, None
+        self._pieces = pieces
+        self.init_headers(_NO_BUFFERING)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with _Connection(receive), aclosing(self._pieces) as pieces:
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                async for piece in pieces:
+                    await send({"type": "http.response.body", "body": piece.encode(), "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except ApiError as error:
+            if error.status != 499:
+                raise
 
 
 async def merged(streams: Iterable[AsyncGenerator[ResultT, None]]) -> AsyncGenerator[ResultT, None]:
@@ -139,6 +188,6 @@ async def _rest(
             yield gathered
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass

@@ -78,6 +78,8 @@ class Engine(ABC):
 
     draining = False
     """whether the engine takes no new requests, as `drain` left it"""
+    accumulates: bool = False
+    """whether who comes late for the next batch of a generation finds all tokens in it that were made meanwhile"""
 
     @abstractmethod
     def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Batch, None]:
@@ -132,6 +134,7 @@ class EngineView(Engine):
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.accumulates = engine.accumulates
 
     def healthy(self) -> bool:
         return self.engine.healthy()

@@ -35,6 +35,8 @@ class ContinuousEngine(Engine):
         MemoryError: cache and attention do not fit into memory; the sentence names what takes how much.
     """
 
+    accumulates = True
+
     def __init__(
         self,
         model: GptOssForCausalLM,
@@ -74,10 +76,8 @@ class ContinuousEngine(Engine):
         stream = Stream(asyncio.get_running_loop(), len(prompt), Draw(sampling))
         request_id = self._submit(prompt, stream)
         try:
-            while (item := await stream.items.get()) is not None:
-                if isinstance(item, EngineError):
-                    raise item
-                yield item
+            while (batch := await stream.take()) is not None:
+                yield batch
         finally:
             # The dispatcher forgets a stream when it ends: what is still known here was closed early.
             if self._dispatcher.forget(request_id):

@@ -32,6 +32,25 @@ class Stream:
     items: asyncio.Queue[Batch | EngineError | None] = field(default_factory=asyncio.Queue)
     delivered: int = 0
 
+    async def take(self) -> Batch | None:
+        """All tokens that came since the last call, once there are some; None when the generation has ended.
+
+        Raises:
+            EngineError: it failed, and what came before was taken.
+        """
+        item = await self.items.get()
+        if item is None:
+            return None
+        if isinstance(item, EngineError):
+            raise item
+        while not self.items.empty():
+            more = self.items.get_nowait()
+            if not isinstance(more, Batch):
+                self.items.put_nowait(more)  # the ending, which is the last
+                break
+            item = Batch(item.tokens + more.tokens, item.logprobs and item.logprobs + (more.logprobs or []))
+        return item
+
     def put(self, *items: Batch | EngineError | None) -> None:
         """Called by the dispatcher's thread."""
         try:

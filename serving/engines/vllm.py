@@ -60,6 +60,8 @@ class VllmEngine(Engine):
         EngineError: vLLM is too old, or did not start.
     """
 
+    accumulates = True
+
     def __init__(
         self,
         folder: str | Path,

@@ -128,13 +128,17 @@ def endpoint(name: str, options: argparse.Namespace) -> Iterator[tuple[str, Any]
 
     from serving.app import application
     from serving.config import ServingConfig
+    from serving.proxy import ENVIRONMENT
     from tests.benchmarks import serving_replicas as replicas
 
     kinds = {"raysoner": replicas.RandomReplica, "scripted": replicas.ScriptedReplica}
     config = ServingConfig.model_validate(_settings(name, options))
     (port,) = free_ports(1)
     with tempfile.TemporaryDirectory(prefix="rs-") as folder:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+        environment = {"env_vars": ENVIRONMENT}  # as `python -m serving deploy` starts Serve
+        ray.init(
+            address="local", include_dashboard=False, log_to_driver=False, _temp_dir=folder, runtime_env=environment
+        )
         try:
             serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
             kind = kinds.get(name, replicas.UnclockedReplica)

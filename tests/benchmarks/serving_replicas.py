@@ -36,6 +36,7 @@ class Clocked(Engine):
 
     def __init__(self, completion: Sequence[int], step_seconds: float) -> None:
         self.step_seconds = step_seconds
+        self.accumulates = step_seconds > 0
         self._completion = list(completion)
         self._running = 0
         self._generated = 0

@@ -15,6 +15,7 @@ from cluster.harmony import (
     CHANNELS,
     CONTROL_TOKENS,
     Codec,
+    Delta,
     Message,
     ParsedCall,
     Reply,
@@ -243,6 +244,31 @@ def test_fuzz_against_a_second_parser() -> None:
         assert len(reply.labels) == len(tokens)
         count += 1
     assert count == 100_000
+
+
+def test_several_tokens_at_once_are_parsed_as_each_alone() -> None:
+    rng = random.Random(21)
+    for tokens in streams(rng, 3_000):
+        alone, at_once, place = CODEC.parser(), CODEC.parser(), 0
+        while place < len(tokens):
+            piece = tokens[place : place + rng.randint(1, 7)]
+            place += len(piece)
+            expected = [delta for token in piece for delta in alone.push(token)]
+            assert joined(at_once.push_all(piece)) == joined(expected), (tokens, text_of(tokens))
+            assert at_once.part == alone.part
+        assert at_once.flush() == alone.flush()
+        assert at_once.finish() == alone.finish()
+
+
+def joined(deltas: Sequence[Delta]) -> list[tuple[str, str, int | None]]:
+    """Texts of neighbours in one part or call put together; a call's opening stands alone."""
+    found: list[tuple[str, str, int | None]] = []
+    for part, text, call in deltas:
+        if found and text and found[-1][1] and (found[-1][0], found[-1][2]) == (part, call):
+            found[-1] = (part, found[-1][1] + text, call)
+        else:
+            found.append((part, text, call))
+    return found
 
 
 def streamed(parser: StreamParser, tokens: Sequence[int]) -> Reply:

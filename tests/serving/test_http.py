@@ -10,7 +10,9 @@ import pytest
 from fastapi import Request
 
 from serving.api.errors import ApiError
-from serving.api.http import event_stream
+from serving.api.http import event_stream, unless_disconnected
+
+SCOPE = {"type": "http"}
 
 
 async def numbered(count: int, pause: float = 0.0, fail: bool = False) -> AsyncGenerator[str, None]:
@@ -25,14 +27,28 @@ def sent(events: AsyncGenerator[str, None], seconds: float) -> list[str]:
     """Pieces that a client is sent."""
 
     async def run() -> list[str]:
-        async def receive() -> Any:
-            await asyncio.Event().wait()
+        pieces = []
 
-        request = Request({"type": "http"}, receive)
+        async def send(message: Any) -> None:
+            pieces.append(message.get("body", b"").decode())
+
+        request = Request(SCOPE, stays)
         response = await event_stream(request, events, "data: [DONE]\n\n", lambda: seconds)
-        return [str(piece) async for piece in response.body_iterator]
+        await response(SCOPE, stays, send)
+        return [piece for piece in pieces if piece]
 
     return asyncio.run(run())
+
+
+async def stays() -> Any:
+    """A client that does not hang up."""
+    await asyncio.Event().wait()
+
+
+async def leaves() -> Any:
+    """A client that hangs up soon."""
+    await asyncio.sleep(0.01)
+    return {"type": "http.disconnect"}
 
 
 def test_each_event_is_sent_alone_where_nothing_is_gathered() -> None:
@@ -51,3 +67,51 @@ def test_the_first_is_sent_at_once_and_none_is_lost(fail: bool) -> None:
 
 def test_an_event_that_comes_late_is_sent_when_it_comes() -> None:
     assert len(sent(numbered(4, pause=0.05), 0.01)) == 5
+
+
+def test_work_ends_when_the_client_hangs_up() -> None:
+    async def run() -> None:
+        with pytest.raises(ApiError) as raised:
+            await unless_disconnected(Request(SCOPE, leaves), asyncio.sleep(30))
+        assert raised.value.status == 499
+        assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]
+        assert await unless_disconnected(Request(SCOPE, stays), asyncio.sleep(0, "done")) == "done"
+
+    asyncio.run(run())
+
+
+def test_work_that_is_cancelled_by_another_is_not_taken_for_a_hang_up() -> None:
+    async def run() -> None:
+        work = asyncio.create_task(unless_disconnected(Request(SCOPE, stays), asyncio.sleep(30)))
+        await asyncio.sleep(0.01)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+        assert work.cancelled()
+
+    asyncio.run(run())
+
+
+def test_a_stream_is_closed_when_the_client_hangs_up() -> None:
+    closed = []
+
+    async def endless() -> AsyncGenerator[str, None]:
+        try:
+            async for each in numbered(1000, pause=0.02):
+                yield each
+        finally:
+            closed.append(True)
+
+    async def run() -> None:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        response = await event_stream(Request(SCOPE, stays), endless(), "", lambda: 0.0)
+        await response(SCOPE, leaves, send)
+        assert sent[0]["type"] == "http.response.start"
+        assert len(sent) < 100
+
+    asyncio.run(run())
+    assert closed

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from serving.proxy import ATTEMPTS, CALLBACK, LostReplicas, middlewares
+from serving.proxy import ATTEMPTS, CALLBACK, STARTING, InTurn, LostReplicas, middlewares
 from tests.serving.harness import events
 
 Replica = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -126,6 +126,75 @@ def test_ray_finds_the_middleware_by_its_name() -> None:
     (path,) = CALLBACK.values()
     module, name = path.rsplit(".", 1)
     assert (module, name) == (middlewares.__module__, middlewares.__name__)
-    (middleware,) = middlewares()
-    made: object = middleware.cls
-    assert made is LostReplicas
+    made: list[object] = [middleware.cls for middleware in middlewares()]
+    assert made == [InTurn, LostReplicas]
+
+
+POST = {"type": "http", "method": "POST", "path": "/"}
+
+
+async def nothing(_: Any) -> None:
+    """Where messages go that no test reads."""
+
+
+def test_requests_that_come_at_once_are_begun_in_turn() -> None:
+    beginning, most, order = 0, 0, []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal beginning, most
+        beginning += 1
+        most = max(most, beginning)
+        order.append(scope["number"])
+        await asyncio.sleep(0.001)
+        beginning -= 1
+        await send({"type": "http.response.start"})
+        await asyncio.sleep(0.05)
+
+    async def run() -> None:
+        proxy = InTurn(app)
+        await asyncio.gather(*(proxy({**POST, "number": number}, nothing, nothing) for number in range(100)))
+
+    asyncio.run(run())
+    assert order == list(range(100))
+    assert most <= STARTING
+
+
+def test_requests_that_wait_for_the_engine_keep_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.proxy.STARTING_SECONDS", 0.01)
+
+    async def run() -> None:
+        engine, met = asyncio.Event(), 0
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            nonlocal met
+            met += 1
+            if met == 3 * STARTING:
+                engine.set()
+            await engine.wait()
+            raise ConnectionResetError("lost")
+
+        proxy = InTurn(app)
+        asked = [proxy(POST, nothing, nothing) for _ in range(3 * STARTING)]
+        found = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 30)
+        assert all(isinstance(error, ConnectionResetError) for error in found)
+        assert proxy._places._value == STARTING, "each place is given back once"
+
+    asyncio.run(run())
+
+
+def test_other_methods_do_not_wait() -> None:
+    async def run() -> None:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            if scope["method"] == "POST":
+                await asyncio.Event().wait()
+
+        proxy = InTurn(app)
+        posts = [asyncio.create_task(proxy(POST, nothing, nothing)) for _ in range(2 * STARTING)]
+        await asyncio.sleep(0)
+        await asyncio.wait_for(proxy({**POST, "method": "GET"}, nothing, nothing), 30)
+        for post in posts:
+            post.cancel()
+        await asyncio.gather(*posts, return_exceptions=True)
+        assert proxy._places._value == STARTING
+
+    asyncio.run(run())
