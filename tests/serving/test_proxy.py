@@ -137,6 +137,11 @@ async def nothing(_: Any) -> None:
     """Where messages go that no test reads."""
 
 
+async def silence() -> Any:
+    """A client that sends no more."""
+    await asyncio.Event().wait()
+
+
 def test_requests_that_come_at_once_are_begun_in_turn() -> None:
     beginning, most, order = 0, 0, []
 
@@ -152,7 +157,7 @@ def test_requests_that_come_at_once_are_begun_in_turn() -> None:
 
     async def run() -> None:
         proxy = InTurn(app)
-        await asyncio.gather(*(proxy({**POST, "number": number}, nothing, nothing) for number in range(100)))
+        await asyncio.gather(*(proxy({**POST, "number": number}, silence, nothing) for number in range(100)))
 
     asyncio.run(run())
     assert order == list(range(100))
@@ -174,7 +179,7 @@ def test_requests_that_wait_for_the_engine_keep_nobody_waiting(monkeypatch: pyte
             raise ConnectionResetError("lost")
 
         proxy = InTurn(app)
-        asked = [proxy(POST, nothing, nothing) for _ in range(3 * STARTING)]
+        asked = [proxy(POST, silence, nothing) for _ in range(3 * STARTING)]
         found = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 30)
         assert all(isinstance(error, ConnectionResetError) for error in found)
         assert proxy._places._value == STARTING, "each place is given back once"
@@ -189,9 +194,9 @@ def test_other_methods_do_not_wait() -> None:
                 await asyncio.Event().wait()
 
         proxy = InTurn(app)
-        posts = [asyncio.create_task(proxy(POST, nothing, nothing)) for _ in range(2 * STARTING)]
+        posts = [asyncio.create_task(proxy(POST, silence, nothing)) for _ in range(2 * STARTING)]
         await asyncio.sleep(0)
-        await asyncio.wait_for(proxy({**POST, "method": "GET"}, nothing, nothing), 30)
+        await asyncio.wait_for(proxy({**POST, "method": "GET"}, silence, nothing), 30)
         for post in posts:
             post.cancel()
         await asyncio.gather(*posts, return_exceptions=True)
