@@ -112,7 +112,9 @@ class LostReplicas:
                 return
             if not body.rewind():
                 break
-            _logger.warning("no replica answered %s (attempt %d): %s", scope["path"], attempt + 1, error or "lost")
+            # Not its message: that of a failure in the application tells what failed.
+            reason = type(error).__name__ if error else "lost"
+            _logger.warning("no replica answered %s (attempt %d): %s", scope["path"], attempt + 1, reason)
         await answer.refuse()
 
 

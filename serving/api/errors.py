@@ -6,6 +6,7 @@ Reference: https://platform.openai.com/docs/guides/error-codes
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Mapping
 
 from serving.admission import DeadlineError, OverloadedError
@@ -66,5 +67,15 @@ def to_api_error(error: Exception) -> ApiError:
         return ApiError(502, str(error), type="server_error", code=error.code)
     if isinstance(error, EngineError):
         return ApiError(503, f"the engine failed: {error}", type="server_error", code="engine_failed")
-    _logger.error("a request failed", exc_info=error)
+    _logger.error(f"a request failed:\n{_origin(error)}")
     return ApiError(500, "the server failed; its log says why", type="server_error", code="internal_error")
+
+
+def _origin(error: BaseException) -> str:
+    """Where a bug arose and of what kind it is, its causes first.
+
+    Its message is left out, which may hold what a user or the model wrote: that of a KeyError is the key.
+    """
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    before = f"{_origin(cause)}and from it:\n" if cause is not None else ""
+    return f"{before}{''.join(traceback.format_tb(error.__traceback__))}{type(error).__qualname__}\n"

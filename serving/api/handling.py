@@ -80,7 +80,7 @@ async def answer(
     """The response to a request in one of the interfaces; `ending` closes its streams.
 
     Raises:
-        Exception: what `serving.api.errors.to_api_error` knows, before the response has begun.
+        ApiError: what the client is told, before the response has begun.
     """
     exchange = _Exchange(endpoint.services)
     try:
@@ -96,8 +96,13 @@ async def answer(
         body = await unless_disconnected(request, interface.complete(job))
         exchange.end(200)
         return JSONResponse(body)
-    except BaseException as error:
-        exchange.end(to_api_error(error).status if isinstance(error, Exception) else 499)
+    except Exception as error:
+        told = to_api_error(error)
+        exchange.end(told.status)
+        # A bug must not go further: Serve would log its message, which may hold what the request does.
+        raise told from None
+    except BaseException:
+        exchange.end(499)
         raise
 
 

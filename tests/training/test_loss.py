@@ -238,6 +238,10 @@ def test_on_a_gpu_it_compiles_once_and_holds_one_chunk() -> None:
     with pytest.MonkeyPatch.context() as patch:
         compiled = torch.compile(loss._score, backend=counter, dynamic=False, fullgraph=True)
         patch.setattr(loss, "_compiled_score", lambda: compiled)
+        # The first call takes cuBLAS's workspace, which stays.
+        first = torch.randn(64, width, device="cuda", dtype=torch.bfloat16, generator=generator, requires_grad=True)
+        ones = torch.ones(64, device="cuda")
+        weighted_nll(first, head, ones.long(), ones, chunk)[0].backward()
         for tokens in (100, chunk, 5000):
             hidden = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16, generator=generator)
             labels = torch.randint(0, vocabulary, (tokens,), device="cuda", generator=generator)

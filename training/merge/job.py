@@ -21,6 +21,7 @@ from cluster.storage import HOPELESS, PIECE_BYTES, Storage, StorageError, is_uri
 from training.card import model_card
 from training.merge.adapter import Adapter
 from training.merge.base import Base
+from training.merge.buffers import return_large_buffers
 from training.merge.options import Options
 from training.merge.pieces import Maker, Piece, PieceMaker
 from training.merge.plan import make_plan
@@ -97,6 +98,7 @@ class Job:
             ArtifactError: the base or the adapter turn out to be damaged.
             StorageError: a storage failed again and again.
         """
+        return_large_buffers()
         file = self.plan.file(name)
         makers = PieceMaker(self.base, self.adapter, self.device)
         return _written(folder, name, lambda: makers.pieces(file), threads, told, _described(self.device))
