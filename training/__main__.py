@@ -35,13 +35,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    parser = ConfigParser(
-        TrainingConfig, prog="python -m training run", description="Fine-tune gpt-oss with LoRA through Ray Train."
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved configuration and the plan, and exit"
-    )
-    config, flags = parser.load(TrainingConfig, arguments)
+    config, flags = _run_parser().load(TrainingConfig, arguments)
+    if flags.profile != "none":
+        config = _with_profile(config, flags.profile, arguments)
 
     from training.plan import make_plan
 
@@ -69,6 +65,35 @@ def _run(arguments: list[str]) -> int:
         return outcome.exit_code
     print(f"adapter   {outcome.adapter}")
     return 0
+
+
+def _run_parser() -> ConfigParser:
+    parser = ConfigParser(
+        TrainingConfig, prog="python -m training run", description="Fine-tune gpt-oss with LoRA through Ray Train."
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and the plan, and exit"
+    )
+    parser.add_argument(
+        "--profile",
+        default="none",
+        metavar="auto|PATH|none",
+        help="batch settings that python -m tuning search found, on top of the files and below the flags: auto takes "
+        "those for the GPU and model at hand (default: none)",
+    )
+    return parser
+
+
+def _with_profile(config: TrainingConfig, wanted: str, arguments: list[str]) -> TrainingConfig:
+    """The configuration with the profile that suits it, as the last of its files, or as it is where none does."""
+    from training.profile import choose_profile, detected_gpus
+
+    gpus = detected_gpus() if wanted == "auto" and config.workers.gpus else []
+    taken = choose_profile(config, wanted, gpus)
+    print(f"profile   {taken.why}", flush=True)
+    if taken.path is None:
+        return config
+    return _run_parser().load(TrainingConfig, [*arguments, "--config", str(taken.path)])[0]
 
 
 def _merge(arguments: list[str]) -> int:

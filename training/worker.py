@@ -11,8 +11,9 @@ from typing import Any
 import ray.train
 import torch
 from datasets import Dataset, disable_progress_bars
+from peft import PeftModel
 from ray.train.torch import get_device
-from transformers import AutoTokenizer, PrinterCallback, set_seed
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from cluster.artifacts import ArtifactError
@@ -53,7 +54,7 @@ def train_loop(raw: dict[str, Any]) -> dict[str, Any]:
     """
     # Ray Train stands in a folder of its own; relative paths are meant from the project, in a job this node's copy.
     os.chdir(Path(__file__).resolve().parents[1])
-    _quiet_libraries()
+    quiet_libraries()
     config = TrainingConfig.model_validate(raw["config"])
     reached = 0
     with scratch_folder() as scratch:
@@ -101,6 +102,34 @@ def _set_up(
     snapshot = keeper.find(base, raw["train"].partition("?")[0].rpartition("/")[2])
     prepared = Prepared.model_validate(raw["prepared"])
     meter = Meter(device, flops_per_token(config, shape, prepared.counts), peak_flops(device, workers))
+    callbacks = [Metrics(meter, config.run.name, rank), Progress()]
+    return make_trainer(config, base, model, train, evaluation, keeper, meter, scratch, callbacks), snapshot
+
+
+def make_trainer(
+    config: TrainingConfig,
+    base: Path,
+    model: PeftModel,
+    train: Dataset,
+    evaluation: Dataset | None,
+    keeper: Keeper,
+    meter: Meter,
+    scratch: Path,
+    callbacks: list[TrainerCallback],
+) -> DurableTrainer:
+    """The trainer of this worker's part of the run.
+
+    Args:
+        config: of the run.
+        base: checkpoint folder of the base.
+        model: of `build_model`.
+        train: rows of the prepared data.
+        evaluation: held-out rows, or None.
+        keeper: of this worker's checkpoints.
+        meter: of this worker, which one of the callbacks starts and stops.
+        scratch: folder of this worker alone.
+        callbacks: beside those of the trainer itself.
+    """
     trainer = DurableTrainer(
         model=model,
         args=trainer_arguments(config, scratch, evaluate=evaluation is not None),
@@ -117,10 +146,10 @@ def _set_up(
         keeper=keeper,
         meter=meter,
         tolerated_skips=config.optimizer.tolerated_skips,
-        callbacks=[Metrics(meter, config.run.name, rank), Progress()],
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
-    return trainer, snapshot
+    return trainer
 
 
 def _rows(place: str | None, scratch: Path) -> Dataset | None:
@@ -134,7 +163,7 @@ def _shape(base: Path) -> ModelShape:
         raise ArtifactError(str(error)) from None
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Ours are the lines of a run's log: libraries report errors, not habits. Ray Train logs each report at INFO."""
     logging.getLogger().setLevel(logging.WARNING)
     set_verbosity_error()

@@ -1,0 +1,173 @@
+"""Which batch profile a run takes: what `python -m tuning search` found for the GPU, by type and model. No torch.
+
+A profile is an overlay, `tuning/profiles/<gpu>-<model>.toml`, with JSON beside it that says what it is for. It goes on
+top of the configuration files; flags win over it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from cluster.config import ConfigError
+from cluster.hardware import PROFILES, GpuProfile, profile_of
+from cluster.model import ModelShape
+from training.config import TrainingConfig
+
+FOLDER = Path(__file__).resolve().parents[1] / "tuning" / "profiles"
+PROFILE_FORMAT = 1
+"""of profiles; one of another format is for another version of the engine"""
+QUERY = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+
+
+class Conditions(BaseModel):
+    """Settings of a run that decide its speed and memory beside those that a profile sets."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sequence_length: int
+    packing: bool
+    precision: str
+    rank: int
+
+    @classmethod
+    def of(cls, config: TrainingConfig) -> Conditions:
+        """Those of a run."""
+        return cls(
+            sequence_length=config.data.sequence_length,
+            packing=config.data.packing,
+            precision=config.model.precision,
+            rank=config.lora.rank,
+        )
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The profile that a run takes, and a line that says why; or none, and why not."""
+
+    path: Path | None
+    why: str
+
+
+def choose_profile(config: TrainingConfig, wanted: str, gpus: Sequence[GpuProfile], folder: Path = FOLDER) -> Taken:
+    """The profile for a run.
+
+    Args:
+        config: of the run, without a profile.
+        wanted: "auto", "none", or the path of a profile, which is taken unless it is for another version.
+        gpus: that the run's GPUs may be, the likeliest first; see `detected_gpus`. They matter for "auto".
+        folder: of the profiles.
+
+    Raises:
+        ConfigError: a path that does not exist.
+    """
+    if wanted == "none":
+        return Taken(None, "none, as --profile says")
+    if wanted != "auto":
+        path = Path(wanted)
+        if not path.is_file():
+            raise ConfigError(f"--profile {wanted}: there is no such file; give a path, auto or none")
+        stale = _other_version(path)
+        return Taken(None, stale) if stale else Taken(path, f"{path}, as --profile says")
+    if not config.workers.gpus:
+        return Taken(None, "none: workers.gpus = 0, and profiles are for GPUs")
+    if not gpus:
+        return Taken(None, "none: the GPU is of no type that is known; python -m tuning search measures it")
+    paths = [(gpu, path) for gpu in gpus for path in _of_gpu(folder, gpu, config)]
+    for gpu, path in paths:
+        problem = _other_version(path) or _other_conditions(path, config)
+        return (
+            Taken(None, problem)
+            if problem
+            else Taken(path, f"{path.name}: {_kind(path)} for {gpu.name} and this model")
+        )
+    names = " or ".join(gpu.name for gpu in gpus)
+    return Taken(None, f"none: {folder} has none for {names} and this model; python -m tuning search makes one")
+
+
+def detected_gpus() -> list[GpuProfile]:
+    """What the run's GPUs are: those of the cluster that it will join, or else of this machine.
+
+    Ray tells sizes of one type apart no more than it tells SXM from PCIe: such a type gives several, that with the
+    least memory first. A cluster of several types gives none, for which of them the run gets nobody knows.
+    """
+    if os.environ.get("RAY_ADDRESS") or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        import ray
+
+        from cluster.placement import gpu_nodes
+        from training.driver import connect
+
+        connect()
+        types = {node.accelerator_type for node in gpu_nodes(ray.nodes())}
+        own = [profile for profile in PROFILES if types == {profile.accelerator_type}]
+        return sorted(own, key=lambda profile: profile.memory_bytes)
+    try:
+        said = subprocess.run(QUERY, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = {profile_of(name) for name in said}
+    only = found.pop() if len(found) == 1 else None
+    return [only] if only else []
+
+
+def _of_gpu(folder: Path, gpu: GpuProfile, config: TrainingConfig) -> list[Path]:
+    """Profiles for the GPU whose model is the run's: by its shape where the checkpoint is here, else by its name."""
+    path = Path(config.model.path)
+    shape: dict[str, Any] | None = None
+    if path.is_dir():
+        try:
+            shape = _weights_of(asdict(ModelShape.from_folder(path)))
+        except ValueError:
+            return []
+    found = []
+    for file in sorted(folder.glob(f"{gpu.name.lower()}-*.toml")):
+        about = _about(file)
+        if about.get("gpu") != gpu.name:
+            continue
+        same = _weights_of(about.get("shape", {})) == shape if shape else about["model"] == path.name
+        if same:
+            found.append(file)
+    return found
+
+
+def _weights_of(shape: dict[str, Any]) -> dict[str, Any]:
+    """A shape without how its experts are stored: in memory they are as the run says."""
+    return {name: value for name, value in shape.items() if name != "packed"}
+
+
+def _about(profile: Path) -> dict[str, Any]:
+    """The JSON beside a profile; empty where there is none that can be read."""
+    try:
+        found = json.loads(profile.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _other_version(profile: Path) -> str | None:
+    about = _about(profile)
+    if about and about.get("format") != PROFILE_FORMAT:
+        return (
+            f"none: {profile} is of format {about.get('format')} and this version's is {PROFILE_FORMAT}; "
+            "python -m tuning search writes it anew"
+        )
+    return None
+
+
+def _other_conditions(profile: Path, config: TrainingConfig) -> str | None:
+    own, theirs = Conditions.of(config).model_dump(), _about(profile).get("conditions", {})
+    differing = [
+        f"{name} = {theirs.get(name)}, not {value}" for name, value in own.items() if theirs.get(name) != value
+    ]
+    return f"none: {profile.name} is for {', '.join(differing)}" if differing else None
+
+
+def _kind(profile: Path) -> str:
+    return "measured" if _about(profile).get("kind") == "measured" else "predicted, never measured,"

@@ -1,0 +1,82 @@
+"""Command line of tuning: `python -m tuning search | report`."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from cluster.artifacts import ArtifactError
+from cluster.config import ConfigError, ConfigParser
+from training.data.conversations import DataError
+from tuning.config import SearchConfig
+
+USAGE = """usage: python -m tuning VERB [flags]
+
+  search  find the fastest batch of a training run on each GPU type of a cluster
+  report  tables and one HTML page of what was found
+
+`python -m tuning VERB --help` lists the flags of a verb."""
+
+SEARCH = """Find the fastest batch of a training run on each GPU type of a Ray cluster, by real training steps.
+
+Give the files of the run as `training run` takes them; every setting of the search is a flag --tuning.NAME or a key of
+a table [tuning]:
+
+  python -m tuning search --config training/configs/gpt-oss-20b.toml --data.train train.jsonl --gpu-type H100,A100
+  python -m tuning search --config training/configs/gpt-oss-20b.toml --tuning.trials 12 --tuning.minutes 20
+
+Each GPU type is searched at the same time. What is found is written to tuning/profiles, where `training run --profile
+auto` finds it. The same command again goes on where it was interrupted, and measures nothing twice."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run one verb; returns the exit code: 0 done, 1 failed, 2 something that the user can mend, 130 interrupted."""
+    verbs = {"search": _search, "report": _report}
+    if not arguments or arguments[0] not in verbs:
+        print(USAGE, file=sys.stdout if arguments[:1] in (["-h"], ["--help"]) else sys.stderr)
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    try:
+        return verbs[arguments[0]](arguments[1:])
+    except (ConfigError, DataError, ArtifactError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _search(arguments: list[str]) -> int:
+    parser = ConfigParser(SearchConfig, prog="python -m tuning search", description=SEARCH)
+    parser.add_argument("--gpu-type", help="short for --tuning.gpu_types: names with commas between them, or all")
+    words = list(arguments)
+    for index, word in enumerate(words):
+        if word == "--gpu-type" or word.startswith("--gpu-type="):
+            words[index] = word.replace("--gpu-type", "--tuning.gpu_types", 1)
+    config, _ = parser.load(SearchConfig, words)
+
+    from tuning.result import write_result
+    from tuning.search import search
+
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        results = search(config, shlex.join(["python", "-m", "tuning", "search", *arguments]))
+    except KeyboardInterrupt as interrupt:
+        print("stopped   what was measured is kept; the same command goes on from there", flush=True)
+        return 143 if interrupt.args else 130
+    for result in results:
+        print(f"written   {write_result(result, Path(config.tuning.profiles))}", flush=True)
+    return 0 if all(result.chosen for result in results) else 1
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt("terminated")
+
+
+def _report(arguments: list[str]) -> int:
+    from tuning.report import main
+
+    return main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

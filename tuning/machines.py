@@ -1,0 +1,138 @@
+"""The GPU types of a cluster: which there are, how many trials each takes at once, and what its driver says."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from cluster.config import ConfigError
+from cluster.hardware import GIB, PROFILES, GpuProfile, profile_of
+from cluster.placement import TYPE_PREFIX, GpuNode, describe_nodes, gpu_nodes
+from training.config import TrainingConfig
+
+CPU = "CPU"
+"""the type of a run without GPUs"""
+SHARE = 0.001
+"""of a node's accelerator_type resource that a trial takes, as Ray's own `accelerator_type` option does"""
+PROBE_SECONDS = 120.0
+QUERY = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU type of the cluster."""
+
+    name: str
+    """as Ray calls it, or CPU"""
+    slots: int
+    """trials that fit it at once"""
+    device: str | None = None
+    """as its driver calls it"""
+    driver: str | None = None
+    reported_bytes: int | None = None
+    """memory that its driver reports"""
+
+    @property
+    def profile(self) -> GpuProfile | None:
+        """What is known of the device, or else of the largest GPU that Ray gives this name."""
+        own = [profile for profile in PROFILES if profile.accelerator_type == self.name]
+        largest = max(own, key=lambda profile: profile.memory_bytes, default=None)
+        return (profile_of(self.device) if self.device else None) or largest
+
+    def memory_bytes(self, given_gib: float | None) -> int | None:
+        """Of one GPU: `given_gib` where it is set, else by its profile, else as its driver reports it."""
+        if given_gib is not None:
+            return round(given_gib * GIB)
+        return self.profile.memory_bytes if self.profile else self.reported_bytes
+
+    def bundle(self, config: TrainingConfig) -> dict[str, float]:
+        """What Ray reserves for a trial of the run, on one node."""
+        workers = config.workers
+        bundle = {"CPU": float(workers.count * workers.cpus)}
+        if self.name != CPU:
+            bundle |= {"GPU": float(workers.count * workers.gpus), f"{TYPE_PREFIX}{self.name}": SHARE}
+        return bundle
+
+
+def find_machines(
+    config: TrainingConfig, wanted: Sequence[str] | str, nodes: Iterable[Mapping[str, Any]]
+) -> list[Machine]:
+    """The types to search on.
+
+    Args:
+        config: of the run, all of whose workers must fit one node.
+        wanted: names of types, or "all".
+        nodes: as `ray.nodes()` returns them.
+
+    Raises:
+        ConfigError: a type is not there, or none of its nodes has room for the run's workers.
+    """
+    alive = [node for node in nodes if node["Alive"]]
+    workers = config.workers
+    if not workers.gpus:
+        if wanted != "all" and list(wanted) != [CPU]:
+            raise ConfigError(f"tuning.gpu_types = {list(wanted)} and workers.gpus = 0: leave one of the two out")
+        cpus = max((node["Resources"].get("CPU", 0.0) for node in alive), default=0.0)
+        if workers.count * workers.cpus > cpus:
+            raise ConfigError(
+                f"workers.count = {workers.count} with {workers.cpus} CPU each do not fit one node, whose largest has "
+                f"{cpus:g}: a trial runs on one node; lower workers.count or workers.cpus"
+            )
+        return [Machine(CPU, 1)]
+    found = gpu_nodes(alive)
+    types = {node.accelerator_type for node in found if node.accelerator_type}
+    there = describe_nodes(found) or "no GPUs"
+    names = sorted(types) if wanted == "all" else list(dict.fromkeys(wanted))
+    if missing := [name for name in names if name not in types]:
+        raise ConfigError(f"tuning.gpu_types names {missing[0]}, which the cluster lacks: it has {there}")
+    if not names:
+        raise ConfigError(f"the cluster has {there}, and no GPU of a type that Ray knows: set workers.gpus = 0")
+    return [Machine(name, _slots(config, name, found)) for name in names]
+
+
+def _slots(config: TrainingConfig, name: str, nodes: Sequence[GpuNode]) -> int:
+    each = config.workers.count * config.workers.gpus
+    own = [node for node in nodes if node.accelerator_type == name]
+    slots = sum(node.gpus // each for node in own)
+    if not slots:
+        raise ConfigError(
+            f"a trial runs on one node and needs {each} GPUs for workers.count = {config.workers.count}, and the "
+            f"cluster has {describe_nodes(own)}: lower workers.count"
+        )
+    return slots
+
+
+def probe(machine: Machine) -> Machine:
+    """The machine with what its driver says, asked by a Ray task on it; as it is where there is no driver to ask."""
+    if machine.name == CPU:
+        return machine
+    task = ray.remote(_ask_driver).options(num_cpus=0, num_gpus=1, resources={f"{TYPE_PREFIX}{machine.name}": SHARE})
+    reference = task.remote()
+    try:
+        said = ray.get(reference, timeout=PROBE_SECONDS)
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(reference, force=True)
+        raise ConfigError(
+            f"no GPU of type {machine.name} became free in {PROBE_SECONDS:g} s: wait for what runs there, or leave the "
+            "type out with tuning.gpu_types"
+        ) from None
+    if said is None:
+        return machine
+    device, driver, mebibytes = said
+    return Machine(machine.name, machine.slots, device, driver, mebibytes * 2**20)
+
+
+def _ask_driver() -> tuple[str, str, int] | None:
+    """Name, driver and MiB of this task's GPU."""
+    try:
+        said = subprocess.run(QUERY, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    numbers = [int(number) for number in ray.get_gpu_ids() if str(number).isdigit()]
+    line = said[numbers[0] if numbers and numbers[0] < len(said) else 0]
+    name, driver, memory = (part.strip() for part in line.split(","))
+    return name, driver, int(memory)

@@ -1,0 +1,260 @@
+"""What Ray Tune runs on the node of a GPU type: it starts the trial's processes, watches them, and sees them end.
+
+The trial itself is `tuning.trial`. Whatever becomes of its processes, this one lives to tell: memory that ran out,
+a crash of CUDA, the system's own out-of-memory killer, and a step that never ends are all results.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import select
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ray import tune
+
+from cluster.local import free_ports
+from training.config import TrainingConfig
+from training.driver import WORKER_ENVIRONMENT
+from tuning.journal import Trial, point_fields
+from tuning.space import Point
+
+ROOT = Path(__file__).resolve().parents[1]
+TAIL_CHARACTERS = 600
+LEAST_STEPS = 2
+"""measured steps before the first report, of which Tune's schedulers decide"""
+
+
+def measure(config: dict[str, Any], job: dict[str, Any]) -> None:
+    """A trial of Ray Tune: report the speed so far after each measured step, and at the end the `trial` as a whole.
+
+    Args:
+        config: `gpu_type` and `point`.
+        job: what all trials have in common; see `tuning.search.make_job`.
+    """
+
+    def report(trial: Trial) -> None:
+        tune.report(
+            {
+                "step": len(trial.speeds),
+                "tokens_per_second": trial.tokens_per_second,
+                "peak_gib": (trial.peak_bytes or 0) / 2**30,
+                "partial": trial.model_dump_json(),
+            }
+        )
+
+    trial = run_trial(Point(**config["point"]), job, report)
+    figures = {"tokens_per_second": trial.tokens_per_second} if trial.tokens_per_second is not None else {}
+    tune.report({"step": len(trial.speeds), "trial": trial.model_dump_json(), **figures})
+
+
+def run_trial(point: Point, job: Mapping[str, Any], report: Callable[[Trial], None]) -> Trial:
+    """Measure a point here, in processes of its own, all of which are gone when this returns or raises.
+
+    Args:
+        point: to measure.
+        job: as `measure`'s.
+        report: called after each measured step with what is known so far.
+    """
+    config = point.apply(TrainingConfig.model_validate(job["config"]))
+    order = {
+        "config": config.model_dump(mode="json"),
+        "data": job["data"],
+        "steps": job["warmup_steps"] + job["steps"],
+        "limit_bytes": job["limit_bytes"],
+    }
+    watch = _Watch(point, job, report)
+    began = time.monotonic()
+    with tempfile.TemporaryFile() as log, _Workers(order, config, log) as workers:
+        watch.follow(workers, began + job["trial_seconds"])
+        tail = _tail(log)
+    return watch.result(time.monotonic() - began, tail)
+
+
+class _Workers:
+    """The trial's processes and the pipe of their events; leaving the block kills them and waits."""
+
+    def __init__(self, order: dict[str, Any], config: TrainingConfig, log: BinaryIO | Any) -> None:
+        self.count = config.workers.count
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.events, self._writer = os.pipe()
+        ports = free_ports(1)
+        try:
+            for rank in range(self.count):
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "tuning.trial"],
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(self._writer,),
+                    cwd=ROOT,
+                    env=_environment(rank, self.count, ports[0]),
+                    start_new_session=True,
+                )
+                self.processes.append(process)
+                assert process.stdin is not None
+                process.stdin.write(json.dumps({**order, "rank": rank, "events": self._writer}).encode() + b"\n")
+                process.stdin.flush()
+        except BaseException:
+            self.end()
+            raise
+        finally:
+            os.close(self._writer)
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Kill what still runs; what it held is free when this returns."""
+        for process in self.processes:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+            if process.stdin is not None:
+                with suppress(OSError):
+                    process.stdin.close()
+        with suppress(OSError):
+            os.close(self.events)
+
+    def lines(self, until: float) -> Any:
+        """Events as they come, until all processes have closed the pipe; None once it is `until`."""
+        buffer = b""
+        while True:
+            left = until - time.monotonic()
+            ready = left > 0 and select.select([self.events], [], [], min(left, 1.0))[0]
+            if ready:
+                piece = os.read(self.events, 1 << 16)
+                if not piece:
+                    return
+                *lines, buffer = (buffer + piece).split(b"\n")
+                yield from map(json.loads, lines)
+            elif left <= 0:
+                yield None
+                return
+
+
+class _Watch:
+    """What is known of a running trial."""
+
+    def __init__(self, point: Point, job: Mapping[str, Any], report: Callable[[Trial], None]) -> None:
+        self.point, self.job, self.report = point, job, report
+        self.outcome, self.reason = "", ""
+        self.device: str | None = None
+        self.speeds: list[float] = []
+        self.seconds: list[float] = []
+        self.peak_bytes: int | None = None
+        self.loss: float | None = None
+        self.first_step_seconds: float | None = None
+
+    def follow(self, workers: _Workers, until: float) -> None:
+        """Take in events until the trial is over."""
+        began, done = time.monotonic(), 0
+        for event in workers.lines(until):
+            if event is None:
+                self.outcome = "hung"
+                minutes = self.job["trial_seconds"] / 60
+                self.reason = f"it was not done after {minutes:g} minutes, as tuning.trial_minutes says"
+                return
+            kind = event["event"]
+            if kind == "begun":
+                self.device = event["device"]
+            elif kind == "step":
+                if self.first_step_seconds is None:
+                    self.first_step_seconds = round(time.monotonic() - began, 2)
+                self._step(event)
+            elif kind in ("out_of_memory", "error"):
+                self.outcome = "out_of_memory" if kind == "out_of_memory" else "failed"
+                self.reason = event["reason"]
+                return
+            elif kind == "done":
+                done += 1
+                if done == workers.count:
+                    self.outcome = "measured"
+                    return
+        codes = [process.wait() for process in workers.processes]
+        code = next((code for code in codes if code), 0)
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        self.outcome, self.reason = "died", f"a process of the trial ended {how}"
+
+    def _step(self, event: dict[str, Any]) -> None:
+        """A step of some worker; all say the same figures, which are of all of them together."""
+        self.peak_bytes = max(self.peak_bytes or 0, event["peak_bytes"])
+        if event["rank"]:
+            return
+        self.loss = event["loss"]
+        if event["step"] <= self.job["warmup_steps"]:
+            return
+        self.speeds.append(event["tokens_per_second"])
+        self.seconds.append(event["seconds"])
+        if LEAST_STEPS <= len(self.speeds) < self.job["steps"]:
+            self.outcome = "slow"  # that is what it is if it is ended now
+            self.report(self.result(0.0, ""))
+            self.outcome = ""
+
+    def result(self, seconds: float, tail: str) -> Trial:
+        """The record."""
+        figured = self.outcome in ("measured", "slow")
+        lines = tail.strip().splitlines()
+        said = f"; the last it said: {lines[-1][:TAIL_CHARACTERS]}" if self.outcome == "died" and lines else ""
+        return Trial.model_validate(
+            {
+                "point": point_fields(self.point),
+                "outcome": self.outcome,
+                "tokens_per_second": round(statistics.median(self.speeds), 2) if figured else None,
+                "noise": round(noise(self.speeds), 5) if figured else None,
+                "step_seconds": [round(value, 5) for value in self.seconds],
+                "speeds": [round(value, 2) for value in self.speeds],
+                "peak_bytes": self.peak_bytes,
+                "first_step_seconds": self.first_step_seconds,
+                "seconds": round(seconds, 1),
+                "loss": None if self.loss is None or math.isnan(self.loss) else self.loss,
+                "device": self.device,
+                "host": socket.gethostname(),
+                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "reason": self.reason + said,
+            }
+        )
+
+
+def noise(values: list[float]) -> float:
+    """Standard error of the median as a share of it, by the median absolute deviation; 0 of fewer than three.
+
+    √(π/2) · 1.4826 · MAD / √n, which is exact for many values that are normally distributed.
+    """
+    if len(values) < 3:
+        return 0.0
+    middle = statistics.median(values)
+    deviation = statistics.median(abs(value - middle) for value in values)
+    return math.sqrt(math.pi / 2) * 1.4826 * deviation / math.sqrt(len(values)) / middle
+
+
+def _environment(rank: int, count: int, port: int) -> dict[str, str]:
+    """Of a worker: as Ray Train makes it for those of a run."""
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, **WORKER_ENVIRONMENT, "PYTHONPATH": paths}
+    if count > 1:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        environment |= {"LOCAL_WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    return environment
+
+
+def _tail(log: BinaryIO | Any) -> str:
+    log.seek(0, os.SEEK_END)
+    log.seek(max(0, log.tell() - TAIL_CHARACTERS))
+    return str(log.read().decode(errors="replace"))

@@ -1,0 +1,227 @@
+"""A trial: real training steps by the run's own worker code, in a process of its own.
+
+    python -m tuning.trial < ORDER
+
+The order is a line of JSON. What happens is written as lines of JSON to the file descriptor that the order names:
+`begun`, a `step` for each optimizer step, and at the end `done`, `out_of_memory` or `error`. All that is printed goes
+to standard error. The process ends with its parent: it waits for the end of its standard input, which holds as long as
+the parent does. Of several workers each is such a process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from cluster.model import ModelShape
+from training.config import TrainingConfig
+from training.data.prepare import Prepared
+from training.data.shards import read_shards
+from training.keeping import Keeper
+from training.modeling.engine import build_model
+from training.modeling.loading import checkpoint_folder
+from training.modeling.sharding import sharding_mesh
+from training.scratch import scratch_folder
+from training.strategy import choose_strategy
+from training.throughput import Meter, flops_per_token
+from training.worker import make_trainer, quiet_libraries
+
+ENDLESS = 1_000_000
+"""steps of the run that a trial is the beginning of: it never reaches the last one, which would be saved"""
+CPU_OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc")
+"""what PyTorch says of it on a CPU, as a RuntimeError"""
+CUDA_OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""what libraries say of it that allocate beside PyTorch"""
+
+Say = Callable[[dict[str, Any]], None]
+
+
+class Measured(Exception):  # noqa: N818
+    """The steps are done. Unwinds the trainer, whose own end would judge adapters of so short a run."""
+
+
+class StepTimes(TrainerCallback):
+    """Says what each step took, and ends the training after the last one.
+
+    Args:
+        meter: that the trainer asks for figures; it is started and stopped here.
+        steps: in all, warm-up and measured ones.
+        say: takes each event.
+    """
+
+    def __init__(self, meter: Meter, steps: int, say: Say) -> None:
+        self.meter, self.steps, self.say = meter, steps, say
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.meter.start(state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if not logs or "tokens_per_second" not in logs:
+            return
+        self.say(
+            {
+                "event": "step",
+                "step": state.global_step,
+                "seconds": logs["step_seconds"],
+                "tokens_per_second": logs["tokens_per_second"],
+                "peak_bytes": round(logs["memory_gib"] * 2**30),
+                "loss": logs.get("loss"),
+            }
+        )
+        if state.global_step >= self.steps:
+            self.meter.stop()
+            raise Measured
+
+
+def run_steps(order: dict[str, Any], say: Say) -> None:
+    """Train as many steps as `order` says, from the beginning of the run that it holds.
+
+    Args:
+        order: `config` and `data` as a worker gets them, `steps`, `rank`, `limit_bytes` of a CPU or None.
+        say: takes each event.
+
+    Raises:
+        Whatever the worker's code raises.
+    """
+    rank = order["rank"]
+    config = _endless(TrainingConfig.model_validate(order["config"]))
+    device = _device(config, rank)
+    set_seed(config.run.seed)
+    base = checkpoint_folder(config.model.path)
+    shape = ModelShape.from_folder(base)
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    strategy = choose_strategy(config, shape, config.workers.count, memory)
+    mesh = sharding_mesh(device, strategy.shards) if strategy.shards > 1 else None
+    with scratch_folder() as scratch:
+        config = config.model_copy(update={"run": config.run.model_copy(update={"storage": str(scratch)})})
+        model = build_model(config, device, strategy.checkpointing, mesh)
+        rows = whole_steps(read_shards(order["data"]["train"], scratch), config.global_batch_size)
+        counts = Prepared.model_validate(order["data"]["prepared"]).counts
+        meter = Meter(device, flops_per_token(config, shape, counts), None)
+        say({"event": "begun", "device": _name(device)})
+        trainer = make_trainer(
+            config,
+            base,
+            model,
+            rows,
+            None,
+            Keeper(config, scratch),
+            meter,
+            scratch,
+            [StepTimes(meter, order["steps"], say)],
+        )
+        with suppress(Measured):
+            trainer.train()
+
+
+def whole_steps(rows: Dataset, rows_of_step: int) -> Dataset:
+    """Rows for whole optimizer steps: repeated where there are fewer than one step has, else some are left out."""
+    if len(rows) < rows_of_step:
+        rows = concatenate_datasets([rows] * -(-rows_of_step // len(rows)))
+    return rows.select(range(len(rows) // rows_of_step * rows_of_step))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that memory ran out, in one of the ways in which PyTorch and CUDA's libraries do."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = (*CPU_OUT_OF_MEMORY, *CUDA_OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def limit_memory(limit_bytes: int) -> None:
+    """From now on allow this process so many more bytes than it has: what a CPU has for a wall."""
+    used = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmData")
+    )
+    resource.setrlimit(resource.RLIMIT_DATA, (used + limit_bytes, resource.RLIM_INFINITY))
+
+
+def _endless(config: TrainingConfig) -> TrainingConfig:
+    """The run, without end, that says each step and keeps nothing."""
+    changed = {"maximum_steps": ENDLESS, "logging_steps": 1, "saving_steps": ENDLESS, "tracker": "none"}
+    run = config.run.model_copy(update=changed)
+    data = config.data.model_copy(update={"evaluation": None})
+    return config.model_copy(update={"run": run, "data": data})
+
+
+def _device(config: TrainingConfig, rank: int) -> torch.device:
+    """This worker's device; of several workers the process group is joined, as Ray Train does for a run's."""
+    if config.workers.gpus:
+        device = torch.device("cuda", rank * config.workers.gpus)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(config.workers.cpus)
+    if config.workers.count > 1:
+        torch.distributed.init_process_group("nccl" if config.workers.gpus else "gloo")
+    return device
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _end_with_parent() -> None:
+    """End this process when its standard input does, wherever it is."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
+
+
+def main() -> int:
+    """Do what the first line of standard input says; returns the exit code."""
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = os.read(0, 1)
+        if not piece:
+            return 1
+        line += piece
+    order = json.loads(line)
+    _end_with_parent()
+    os.dup2(2, 1)  # whatever libraries print
+    began = time.monotonic()
+
+    def say(event: dict[str, Any]) -> None:
+        text = json.dumps({**event, "rank": order["rank"], "since": time.monotonic() - began})
+        os.write(order["events"], text.encode() + b"\n")
+
+    quiet_libraries()
+    try:
+        if order["limit_bytes"] is not None:
+            limit_memory(order["limit_bytes"])
+        run_steps(order, say)
+    except Exception as error:
+        if is_out_of_memory(error):
+            say({"event": "out_of_memory", "reason": str(error).splitlines()[0][:300]})
+            os._exit(0)  # nothing that is left could be freed in order
+        say({"event": "error", "reason": f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:1000]})
+        return 1
+    say({"event": "done"})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
