@@ -1,7 +1,8 @@
-"""Command line of tuning: `python -m tuning search | report`."""
+"""Command line of tuning: `python -m tuning search | report | predict`."""
 
 from __future__ import annotations
 
+import re
 import shlex
 import signal
 import sys
@@ -17,6 +18,7 @@ USAGE = """usage: python -m tuning VERB [flags]
 
   search  find the fastest batch of a training run on each GPU type of a cluster
   report  tables and one HTML page of what was found
+  predict the batch that arithmetic expects to be fastest, for a GPU that is not at hand
 
 `python -m tuning VERB --help` lists the flags of a verb."""
 
@@ -32,9 +34,14 @@ Each GPU type is searched at the same time. What is found is written to tuning/p
 auto` finds it. The same command again goes on where it was interrupted, and measures nothing twice."""
 
 
+PREDICT = """Write profiles by arithmetic, for GPUs that are not at hand, where no measured one is there.
+
+  python -m tuning predict --config training/configs/gpt-oss-20b.toml --gpu-type L40S,RTX-4090"""
+
+
 def main(arguments: list[str]) -> int:
     """Run one verb; returns the exit code: 0 done, 1 failed, 2 something that the user can mend, 130 interrupted."""
-    verbs = {"search": _search, "report": _report}
+    verbs = {"search": _search, "report": _report, "predict": _predict}
     if not arguments or arguments[0] not in verbs:
         print(USAGE, file=sys.stdout if arguments[:1] in (["-h"], ["--help"]) else sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
@@ -46,13 +53,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _search(arguments: list[str]) -> int:
-    parser = ConfigParser(SearchConfig, prog="python -m tuning search", description=SEARCH)
-    parser.add_argument("--gpu-type", help="short for --tuning.gpu_types: names with commas between them, or all")
-    words = list(arguments)
-    for index, word in enumerate(words):
-        if word == "--gpu-type" or word.startswith("--gpu-type="):
-            words[index] = word.replace("--gpu-type", "--tuning.gpu_types", 1)
-    config, _ = parser.load(SearchConfig, words)
+    config = _load("search", SEARCH, arguments)
 
     from tuning.result import write_result
     from tuning.search import search
@@ -72,10 +73,31 @@ def _terminate(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt("terminated")
 
 
-def _report(arguments: list[str]) -> int:
-    from tuning.report import main
+def _predict(arguments: list[str]) -> int:
+    config = _load("predict", PREDICT, arguments)
 
-    return main(arguments)
+    from tuning.predict import predict, write_predictions
+    from tuning.report import table
+
+    results = predict(config, shlex.join(["python", "-m", "tuning", "predict", *arguments]))
+    for result in results:
+        print(table(result))
+    write_predictions(results, Path(config.tuning.profiles))
+    return 0
+
+
+def _load(verb: str, description: str, arguments: list[str]) -> SearchConfig:
+    """The settings of a verb; `--gpu-type` is short for `--tuning.gpu_types`."""
+    parser = ConfigParser(SearchConfig, prog=f"python -m tuning {verb}", description=description)
+    parser.add_argument("--gpu-type", help="short for --tuning.gpu_types: names with commas between them, or all")
+    words = [re.sub(r"^--gpu-type(?==|$)", "--tuning.gpu_types", word) for word in arguments]
+    return parser.load(SearchConfig, words)[0]
+
+
+def _report(arguments: list[str]) -> int:
+    from tuning.report import main as report
+
+    return report(arguments)
 
 
 if __name__ == "__main__":

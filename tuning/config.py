@@ -47,9 +47,7 @@ class SpaceConfig(Config):
     def _range_is_one(self) -> SpaceConfig:
         wanted = self.global_batch_tokens
         if wanted and wanted[0] > wanted[1]:
-            raise ValueError(
-                f"global_batch_tokens = {list(wanted)} begins after its end: give the smaller number first"
-            )
+            raise ValueError(f"global_batch_tokens = {list(wanted)} ends before it begins: give the smaller one first")
         return self
 
 

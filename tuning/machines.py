@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -106,24 +106,36 @@ def _slots(config: TrainingConfig, name: str, nodes: Sequence[GpuNode]) -> int:
     return slots
 
 
-def probe(machine: Machine) -> Machine:
-    """The machine with what its driver says, asked by a Ray task on it; as it is where there is no driver to ask."""
-    if machine.name == CPU:
-        return machine
-    task = ray.remote(_ask_driver).options(num_cpus=0, num_gpus=1, resources={f"{TYPE_PREFIX}{machine.name}": SHARE})
-    reference = task.remote()
-    try:
-        said = ray.get(reference, timeout=PROBE_SECONDS)
-    except ray.exceptions.GetTimeoutError:
-        ray.cancel(reference, force=True)
-        raise ConfigError(
-            f"no GPU of type {machine.name} became free in {PROBE_SECONDS:g} s: wait for what runs there, or leave the "
-            "type out with tuning.gpu_types"
-        ) from None
+def probe(machines: Sequence[Machine]) -> list[Machine]:
+    """The machines with what their drivers say, asked by a Ray task on each; as they are where there is none to ask.
+
+    Raises:
+        ConfigError: no GPU of a type becomes free.
+    """
+    ask = ray.remote(_ask_driver).options(num_cpus=0, num_gpus=1)
+    asked = {
+        machine.name: ask.options(resources={f"{TYPE_PREFIX}{machine.name}": SHARE}).remote()
+        for machine in machines
+        if machine.name != CPU
+    }
+    waiting = ray.wait(list(asked.values()), num_returns=len(asked), timeout=PROBE_SECONDS)[1] if asked else []
+    for name, reference in asked.items():
+        if reference in waiting:
+            for other in waiting:
+                ray.cancel(other, force=True)
+            raise ConfigError(
+                f"no GPU of type {name} became free in {PROBE_SECONDS:g} s: wait for what runs there, or leave the "
+                "type out with tuning.gpu_types"
+            )
+    said = {name: ray.get(reference) for name, reference in asked.items()}
+    return [_informed(machine, said.get(machine.name)) for machine in machines]
+
+
+def _informed(machine: Machine, said: tuple[str, str, int] | None) -> Machine:
     if said is None:
         return machine
     device, driver, mebibytes = said
-    return Machine(machine.name, machine.slots, device, driver, mebibytes * 2**20)
+    return replace(machine, device=device, driver=driver, reported_bytes=mebibytes * 2**20)
 
 
 def _ask_driver() -> tuple[str, str, int] | None:

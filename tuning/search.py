@@ -56,7 +56,7 @@ def search(config: SearchConfig, command: str, trial: Measure = measure) -> list
     machines = find_machines(run, settings.gpu_types, ray.nodes())
     if not run.workers.gpus:
         check_resources(run, ray.cluster_resources())
-    machines = [probe(machine) for machine in machines]
+    machines = probe(machines)
     for machine in machines:  # before the data is prepared, which may take long
         _space(machine, run, settings, shape)
     data = prepare_data(run.model_copy(update={"data": run.data.model_copy(update={"evaluation": None})}))

@@ -90,8 +90,8 @@ def neighbours(centre: Point, points: Sequence[Point]) -> list[Point]:
     by_kind: dict[Point, list[Point]] = {}
     for point in points:
         by_kind.setdefault(point.kind, []).append(point)
-    for kind in by_kind.values():
-        kind.sort(key=lambda point: point.micro_batch_size)
+    for members in by_kind.values():
+        members.sort(key=lambda point: point.micro_batch_size)
     own = by_kind.get(centre.kind, [])
     found = [point for point in own if point.micro_batch_size < centre.micro_batch_size][-1:]
     found += [point for point in own if point.micro_batch_size > centre.micro_batch_size][:1]

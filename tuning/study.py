@@ -75,8 +75,9 @@ class Study:
         self.running.discard(point)
 
     def begin(self) -> None:
-        """See whether anything is left to do."""
-        self._close()
+        """See whether anything is left to do, which a larger budget than the journal's may say of a finished search."""
+        before, self.journal.finished = self.journal.finished, None
+        self._close(before)
 
     @property
     def over(self) -> str | None:
@@ -120,19 +121,26 @@ class Study:
                 return point
         return self._search(known)
 
-    def _close(self) -> None:
-        if self.running or self.over is not None:
-            return
+    def _close(self, before: str | None = None) -> None:
+        """Finish the journal where nothing more is to be measured; `before` is what it says of it already."""
+        why = None if self.running or self.over is not None else self._why_over()
+        if why is not None and why == before:
+            self.journal.finished = before
+        elif why is not None:
+            self.journal.finish(why)
+
+    def _why_over(self) -> str | None:
         trials = self.journal.trials
         failed = [trial for trial in trials if trial.outcome in ("failed", "died", "hung")]
         if len(trials) >= HOPELESS and len(failed) == len(trials):
-            self.journal.finish(f"the first {len(trials)} trials failed, the last one because {trials[-1].reason}")
-        elif len(trials) >= self.settings.trials:
-            self.journal.finish(f"{len(trials)} trials, as many as tuning.trials allows")
-        elif sum(trial.seconds for trial in trials) / self.slots >= self.settings.minutes * 60:
-            self.journal.finish(f"{self.settings.minutes:g} minutes, as long as tuning.minutes allows")
-        elif self._next() is None:
-            self.journal.finish("no point is left that could be faster")
+            return f"the first {len(trials)} trials failed, the last one because {trials[-1].reason}"
+        if len(trials) >= self.settings.trials:
+            return f"{len(trials)} trials, as many as tuning.trials allows"
+        if sum(trial.seconds for trial in trials) / self.slots >= self.settings.minutes * 60:
+            return f"{self.settings.minutes:g} minutes, as long as tuning.minutes allows"
+        if self._next() is None:
+            return "no point is left that could be faster"
+        return None
 
 
 def choose(measured: Sequence[Trial], tie: float) -> Choice | None:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +31,7 @@ from training.driver import WORKER_ENVIRONMENT
 from tuning.journal import Trial, point_fields
 from tuning.space import Point
 
+COMMAND = (sys.executable, "-m", "tuning.trial")
 ROOT = Path(__file__).resolve().parents[1]
 TAIL_CHARACTERS = 600
 LEAST_STEPS = 2
@@ -60,13 +61,16 @@ def measure(config: dict[str, Any], job: dict[str, Any]) -> None:
     tune.report({"step": len(trial.speeds), "trial": trial.model_dump_json(), **figures})
 
 
-def run_trial(point: Point, job: Mapping[str, Any], report: Callable[[Trial], None]) -> Trial:
+def run_trial(
+    point: Point, job: Mapping[str, Any], report: Callable[[Trial], None], command: Sequence[str] = COMMAND
+) -> Trial:
     """Measure a point here, in processes of its own, all of which are gone when this returns or raises.
 
     Args:
         point: to measure.
         job: as `measure`'s.
         report: called after each measured step with what is known so far.
+        command: that becomes a worker; see `tuning.trial`.
     """
     config = point.apply(TrainingConfig.model_validate(job["config"]))
     order = {
@@ -77,7 +81,7 @@ def run_trial(point: Point, job: Mapping[str, Any], report: Callable[[Trial], No
     }
     watch = _Watch(point, job, report)
     began = time.monotonic()
-    with tempfile.TemporaryFile() as log, _Workers(order, config, log) as workers:
+    with tempfile.TemporaryFile() as log, _Workers(command, order, config, log) as workers:
         watch.follow(workers, began + job["trial_seconds"])
         tail = _tail(log)
     return watch.result(time.monotonic() - began, tail)
@@ -86,7 +90,9 @@ def run_trial(point: Point, job: Mapping[str, Any], report: Callable[[Trial], No
 class _Workers:
     """The trial's processes and the pipe of their events; leaving the block kills them and waits."""
 
-    def __init__(self, order: dict[str, Any], config: TrainingConfig, log: BinaryIO | Any) -> None:
+    def __init__(
+        self, command: Sequence[str], order: dict[str, Any], config: TrainingConfig, log: BinaryIO | Any
+    ) -> None:
         self.count = config.workers.count
         self.processes: list[subprocess.Popen[bytes]] = []
         self.events, self._writer = os.pipe()
@@ -94,7 +100,7 @@ class _Workers:
         try:
             for rank in range(self.count):
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "tuning.trial"],
+                    list(command),
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,

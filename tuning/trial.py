@@ -142,7 +142,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     words = (*CPU_OUT_OF_MEMORY, *CUDA_OUT_OF_MEMORY)
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 
 
 def limit_memory(limit_bytes: int) -> None:
