@@ -112,7 +112,7 @@ def probe(machines: Sequence[Machine]) -> list[Machine]:
     Raises:
         ConfigError: no GPU of a type becomes free.
     """
-    ask = ray.remote(_ask_driver).options(num_cpus=0, num_gpus=1)
+    ask = ray.remote(num_cpus=0, num_gpus=1)(_ask_driver)
     asked = {
         machine.name: ask.options(resources={f"{TYPE_PREFIX}{machine.name}": SHARE}).remote()
         for machine in machines

@@ -46,6 +46,9 @@ def measure(config: dict[str, Any], job: dict[str, Any]) -> None:
         job: what all trials have in common; see `tuning.search.make_job`.
     """
 
+    # Ray Tune stands in a folder of its own; relative paths are meant from the project, in a job this node's copy.
+    os.chdir(ROOT)
+
     def report(trial: Trial) -> None:
         tune.report(
             {

@@ -10,6 +10,7 @@ import hashlib
 import random
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from cluster.hardware import PROFILES, GpuProfile
@@ -31,6 +32,7 @@ EVERY = SpaceConfig(
     global_batch_tokens=(24_576, 49_152),
 )
 """a space of several hundred points"""
+DATA = str(Path(__file__).parents[2] / "training/demo/data/train.jsonl")
 TRUTH = 0.12
 """by so much a kind's speed may differ from what arithmetic expects of it"""
 WALL = 0.05
@@ -39,7 +41,7 @@ WALL = 0.05
 
 def configured(**sections: dict[str, Any]) -> TrainingConfig:
     """gpt-oss-20b on one GPU, 16 rows of 2048 tokens a step."""
-    raw: dict[str, Any] = {"model": {"path": "openai/gpt-oss-20b"}, "data": {"train": "training/demo/data/train.jsonl"}}
+    raw: dict[str, Any] = {"model": {"path": "openai/gpt-oss-20b"}, "data": {"train": DATA}}
     for name, values in sections.items():
         raw[name] = raw.get(name, {}) | values
     return TrainingConfig.model_validate(raw)

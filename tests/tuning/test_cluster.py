@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,7 @@ def configured(base: Path, folder: Path, **tuning: Any) -> SearchConfig:
     return SearchConfig.model_validate(
         {
             "model": {"path": str(base)},
-            "data": {"train": "training/demo/data/heldout.jsonl"},
+            "data": {"train": "training/demo/data/train.jsonl"},
             "run": {"storage": str(folder / "runs")},
             "tuning": {"storage": str(folder / "journals"), "steps": 5, **tuning},
         }
@@ -86,7 +88,7 @@ def test_every_type_is_searched_at_once_and_finds_its_own_optimum(
     imaginary: Cluster, base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """One trial is killed with -9 on the way, and tried again."""
-    config = configured(base, tmp_path, trials=8)
+    config = configured(base, tmp_path, trials=6)
     (tmp_path / "runs" / "kill-A100").touch()
     results = {result.gpu: result for result in search(config, "python -m tuning search", stand_in)}
     assert set(results) == {"H100", "A100-80G"}
@@ -94,7 +96,7 @@ def test_every_type_is_searched_at_once_and_finds_its_own_optimum(
         chosen = result.trial_of(result.chosen)
         assert chosen is not None
         assert landscape(name).speed(chosen.where) >= 0.98 * best_of(name)  # type: ignore[operator]
-        assert len(result.trials) <= 8
+        assert len(result.trials) <= 6
     died = [trial for trial in results["A100-80G"].trials if trial.outcome == "died"]
     assert len(died) == 1
     assert results["A100-80G"].trial_of(died[0].point) is not None
@@ -102,7 +104,7 @@ def test_every_type_is_searched_at_once_and_finds_its_own_optimum(
     spans = {name: [e["time"] for e in marks if e["type"] == name] for name in TYPES}
     assert max(span[0] for span in spans.values()) < min(span[-1] for span in spans.values())
     printed = capfd.readouterr().out
-    assert "H100        1/8  " in printed
+    assert re.search(r"^H100 +1/6  ", printed, re.MULTILINE)
     assert "tokens/s ± 0.3%" in printed
     path = write_result(results["H100"], tmp_path / "profiles")
     assert read_result(path) == results["H100"]
@@ -112,8 +114,7 @@ def test_every_type_is_searched_at_once_and_finds_its_own_optimum(
 
 
 DRIVER = """
-import json, sys
-import ray
+import sys
 from tests.tuning.standin import stand_in
 from tuning.config import SearchConfig
 from tuning.search import search
@@ -123,22 +124,23 @@ search(SearchConfig.model_validate_json(sys.argv[1]), "test", stand_in)
 
 
 def test_a_driver_that_was_killed_goes_on_where_it_was(imaginary: Cluster, base: Path, tmp_path: Path) -> None:
-    config = configured(base, tmp_path, trials=4, gpu_types=["H100"], searcher="grid", stop_slow=False)
+    config = configured(base, tmp_path, trials=3, gpu_types=["H100"], searcher="grid", stop_slow=False)
     command = [sys.executable, "-c", DRIVER, config.model_dump_json()]
     environment = {**os.environ, "RAY_ADDRESS": imaginary.address, "PYTHONPATH": str(Path.cwd())}
     driver = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
-        while len(journal(tmp_path)) < 2:
+        while len(journal(tmp_path)) < 1:
             assert driver.poll() is None
             time.sleep(0.1)
     finally:
-        os.killpg(driver.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
     before = journal(tmp_path)
     result = search(config, "test", stand_in)[0]
     after = journal(tmp_path)
     assert after[: len(before)] == before
-    assert len(after) == 4 == len({str(trial.where) for trial in after})
+    assert len(after) == 3 == len({str(trial.where) for trial in after})
     assert result.trials == after
 
 
