@@ -256,11 +256,10 @@ def noise(values: list[float]) -> float:
 def _environment(rank: int, count: int, port: int) -> dict[str, str]:
     """Of a worker: as Ray Train makes it for those of a run."""
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, **WORKER_ENVIRONMENT, "PYTHONPATH": paths}
-    if count > 1:
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-        environment |= {"LOCAL_WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    return environment
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    own = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0}
+    named = {name: str(value) for name, value in (world | own).items()}
+    return {**os.environ, **WORKER_ENVIRONMENT, **named, "PYTHONPATH": paths}
 
 
 def _tail(log: BinaryIO | Any) -> str:

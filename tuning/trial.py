@@ -166,15 +166,16 @@ def _endless(config: TrainingConfig) -> TrainingConfig:
 
 
 def _device(config: TrainingConfig, rank: int) -> torch.device:
-    """This worker's device; of several workers the process group is joined, as Ray Train does for a run's."""
+    """This worker's device; the process group is joined, as Ray Train does for a run's workers, also for a single one:
+    data parallelism then wraps the model as it does there."""
     if config.workers.gpus:
         device = torch.device("cuda", rank * config.workers.gpus)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
         torch.set_num_threads(config.workers.cpus)
-    if config.workers.count > 1:
-        torch.distributed.init_process_group("nccl" if config.workers.gpus else "gloo")
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    torch.distributed.init_process_group("nccl" if config.workers.gpus else "gloo")
     return device
 
 

@@ -12,6 +12,7 @@ from tests.tuning.landscape import EVERY, landscape, regret, replay, trials_to
 from tests.tuning.test_space import point
 from tuning.config import SpaceConfig
 from tuning.searchers import Known, ascent, grid, neighbours, random_points
+from tuning.space import Point
 
 GRIDS = sorted(RESULTS.glob("tuning_grid-*.json"))
 
@@ -95,7 +96,7 @@ def test_neighbours_are_one_step_away() -> None:
 
 def test_random_order_is_the_seeds() -> None:
     points = [point(m, mode) for m in (1, 2, 4, 8) for mode in ("none", "experts", "full")]
-    truth: dict = dict.fromkeys(points, 1.0)
+    truth: dict[Point, float | None] = dict.fromkeys(points, 1.0)
     runs = [replay(points, truth, {}, random_points(seed), 100) for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
     assert set(runs[2]) == set(points)
@@ -103,7 +104,7 @@ def test_random_order_is_the_seeds() -> None:
 
 def test_measures_of_a_search() -> None:
     points = [point(1), point(2), point(4)]
-    truth: dict = {points[0]: 50.0, points[1]: 100.0, points[2]: None}
+    truth: dict[Point, float | None] = {points[0]: 50.0, points[1]: 100.0, points[2]: None}
     assert regret(points[:1], truth) == 0.5
     assert regret([points[2]], truth) == 1.0
     assert trials_to([points[2], points[0], points[1]], truth, 0.02) == 3

@@ -33,7 +33,7 @@ def measured(where: Point, speed: float, peak: int = 10, noise: float = 0.0, sec
 
 
 def run(one: Study, most: int = 100) -> list[Point]:
-    asked = []
+    asked: list[Point] = []
     while len(asked) < most and (where := one.ask()) is not None:
         asked.append(where)
         one.tell(measured(where, landscape("H100").speed(where) or 0.0))

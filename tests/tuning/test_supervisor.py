@@ -93,9 +93,9 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
 {how}
 """
-    done, _ = trial(job(trial_seconds=3.0), script)
+    done, _ = trial(job(trial_seconds=1.5), script)
     assert done.outcome == "hung"
-    assert done.reason == "it was not done after 0.05 minutes, as tuning.trial_minutes says"
+    assert done.reason == "it was not done after 0.025 minutes, as tuning.trial_minutes says"
     own, child = map(int, pids.read_text().split())
     with pytest.raises(ProcessLookupError):
         os.kill(own, 0)
