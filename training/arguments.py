@@ -32,8 +32,8 @@ def trainer_arguments(config: TrainingConfig, scratch: Path, *, evaluate: bool) 
         seed=run.seed,
         num_train_epochs=run.epochs,
         max_steps=run.maximum_steps or -1,
-        per_device_train_batch_size=batch.micro_batch_size,
-        per_device_eval_batch_size=batch.micro_batch_size,
+        per_device_train_batch_size=batch.rows,
+        per_device_eval_batch_size=batch.rows,
         gradient_accumulation_steps=config.accumulation,
         gradient_checkpointing=False,  # the model sees to it: training.modeling.engine
         learning_rate=optimizer.learning_rate,

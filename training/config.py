@@ -44,6 +44,12 @@ def _unwrap_word(value: object) -> object:
     return value[0] if value == ["all"] and isinstance(value, list) else value
 
 
+def _at_least_one_row(rows: int | Literal["auto"]) -> int | Literal["auto"]:
+    if rows != "auto" and rows < 1:
+        raise ValueError('should be greater than 0, or "auto"')
+    return rows
+
+
 DataPath = Annotated[str, AfterValidator(_existing_or_hub_id)]
 
 
@@ -194,8 +200,9 @@ class OptimizerConfig(Config):
 class BatchConfig(Config):
     """How many rows make a step: global_batch_size, or else micro_batch_size × accumulation_steps × workers."""
 
-    micro_batch_size: PositiveInt = 4
-    """rows of up to data.sequence_length tokens in one forward and backward pass of one worker"""
+    micro_batch_size: Annotated[int | Literal["auto"], AfterValidator(_at_least_one_row)] = 4
+    """rows of up to data.sequence_length tokens in one forward and backward pass of one worker; auto takes the most
+    that fit, found by real passes at the start, and fewer once memory runs out later; it needs global_batch_size"""
     accumulation_steps: PositiveInt = 4
     """passes before the optimizer steps"""
     global_batch_size: PositiveInt | None = None
@@ -206,6 +213,19 @@ class BatchConfig(Config):
     layers; auto takes the first of the three that fits the GPU's memory by arithmetic, and none on a CPU"""
     activation_offload: bool = False
     """keep activations in host memory between forward and backward pass"""
+
+    @model_validator(mode="after")
+    def _auto_knows_the_step(self) -> BatchConfig:
+        if self.micro_batch_size == "auto" and self.global_batch_size is None:
+            raise ValueError(
+                'micro_batch_size = "auto" needs global_batch_size, the rows of an optimizer step that it shares out'
+            )
+        return self
+
+    @property
+    def rows(self) -> int:
+        """`micro_batch_size` as a number: 1, the least that it may come to, while it is auto."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
 class LossConfig(Config):
@@ -321,6 +341,15 @@ class TrainingConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _workers_probe_alone(self) -> TrainingConfig:
+        if self.batch.micro_batch_size == "auto" and self.workers.strategy in ("sharded", "hybrid"):
+            raise ValueError(
+                f'batch.micro_batch_size = "auto" tries passes on each worker alone, and workers.strategy = '
+                f'"{self.workers.strategy}" has them gather weights from each other: set a number'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _base_can_be_sharded(self) -> TrainingConfig:
         strategy = self.workers.strategy
         if strategy not in ("sharded", "hybrid") or self.can_shard:
@@ -350,9 +379,9 @@ class TrainingConfig(Config):
     def global_batch_size(self) -> int:
         """Rows in one optimizer step, over all workers."""
         batch = self.batch
-        return batch.global_batch_size or batch.micro_batch_size * batch.accumulation_steps * self.workers.count
+        return batch.global_batch_size or batch.rows * batch.accumulation_steps * self.workers.count
 
     @property
     def accumulation(self) -> int:
         """Micro-batches of each worker in one optimizer step."""
-        return math.ceil(self.global_batch_size / (self.batch.micro_batch_size * self.workers.count))
+        return math.ceil(self.global_batch_size / (self.batch.rows * self.workers.count))

@@ -70,7 +70,7 @@ def recipe_of(config: TrainingConfig, shape: ModelShape, mode: Checkpointing, sh
         precision=config.model.precision,
         rank=config.lora.rank,
         trainable_parameters=trainable_parameters(config, shape),
-        rows=config.batch.micro_batch_size,
+        rows=config.batch.rows,
         sequence_length=config.data.sequence_length,
         checkpointing=mode,
         chunk_tokens=config.loss.chunk_tokens,
@@ -134,7 +134,7 @@ def remedies(
     others = {}
     if model.base_precision != "mxfp4":
         others['model.base_precision = "mxfp4"'] = _with(config, "model", **packed)
-    if batch.micro_batch_size > 1:
+    if batch.rows > 1:
         others["batch.micro_batch_size = 1"] = _with(config, "batch", micro_batch_size=1)
     half = max(1, data.sequence_length // 2)
     others[f"data.sequence_length = {half}"] = _with(config, "data", sequence_length=half)

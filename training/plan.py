@@ -44,8 +44,7 @@ class Plan:
         lines = [
             f"run       {config.run.name} in {without_secrets(config.run.storage)}",
             f"workers   {workers.count} × {device}",
-            f"batch     {config.global_batch_size} rows a step: {config.accumulation} × up to "
-            f"{config.batch.micro_batch_size} on each of {workers.count} workers",
+            f"batch     {config.global_batch_size} rows a step: {_shares(config)} on each of {workers.count} workers",
             f"saving    every {config.run.saving_steps} steps below {checkpoints}: the last "
             f"{config.run.keep_checkpoints}"
             + (" and the best" if config.run.keep_best and config.data.evaluation else ""),
@@ -131,6 +130,12 @@ def _steps(config: TrainingConfig, rows: int) -> int:
     """Optimizer steps, as `training.data.order` makes them: an epoch's last step may have fewer rows."""
     per_epoch = math.ceil(rows / config.global_batch_size)
     return config.run.maximum_steps or math.ceil(per_epoch * config.run.epochs)
+
+
+def _shares(config: TrainingConfig) -> str:
+    if config.batch.micro_batch_size == "auto":
+        return "micro-batches of as many as fit, which the workers find out,"
+    return f"{config.accumulation} × up to {config.batch.micro_batch_size}"
 
 
 def _memory_lines(config: TrainingConfig, shape: ModelShape) -> list[str]:

@@ -171,6 +171,15 @@ class WeightedTrainer(SFTTrainer):
                 logs["aux_loss"] = figures["balance"] / max(1, figures["batches"])
         super().log(logs, start_time)
 
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """What passes through the model within leaves no trace in the figures of training."""
+        before, self._training = self._training, _Sums()
+        try:
+            yield
+        finally:
+            self._training = before
+
     def figures(self, tokens: int) -> dict[str, float]:
         """What else belongs in a line of training, of whose steps `tokens` went through the model, padding left out."""
         return {}

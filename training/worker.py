@@ -27,6 +27,7 @@ from training.data.collator import Collator
 from training.data.prepare import Prepared
 from training.data.shards import read_shards
 from training.durable import DurableTrainer
+from training.finder import fitting_trainer, sized_by_arithmetic, stepping_down
 from training.guards import TrainingStopped
 from training.keeping import Keeper
 from training.modeling.engine import build_model
@@ -50,7 +51,7 @@ def train_loop(raw: dict[str, Any]) -> dict[str, Any]:
     Checkpoints go to the run's storage, metrics to `ray.train.report`.
 
     Raises:
-        Preempted: the workers are to start again elsewhere, from the checkpoint that was just written.
+        Preempted: the workers are to start again, from the newest checkpoint: elsewhere, or with a smaller micro-batch.
     """
     # Ray Train stands in a folder of its own; relative paths are meant from the project, in a job this node's copy.
     os.chdir(Path(__file__).resolve().parents[1])
@@ -62,7 +63,7 @@ def train_loop(raw: dict[str, Any]) -> dict[str, Any]:
         try:
             trainer, snapshot = _set_up(config, raw, keeper, scratch)
             reached = snapshot.step if snapshot else 0
-            with keeper:
+            with keeper, stepping_down(config, keeper.storage, trainer):
                 trainer.train_from(snapshot, scratch)
                 together(keeper.wait)
         except Agreed as error:
@@ -93,17 +94,19 @@ def _set_up(
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     smallest = min(of_all_ranks(memory)) if memory is not None else None
     nodes = of_all_ranks(ray.train.get_context().get_local_world_size())
-    strategy = together(lambda: choose_strategy(config, shape, workers_within_a_node(nodes), smallest))
+    sized, sizes = sized_by_arithmetic(config, shape, smallest, keeper)
+    strategy = together(lambda: choose_strategy(sized, shape, workers_within_a_node(nodes), smallest))
     if rank == 0:
         print(f"strategy  {strategy.reason}", flush=True)
     mesh = sharding_mesh(device, strategy.shards) if strategy.shards > 1 else None
-    model = together(lambda: build_model(config, device, strategy.checkpointing, mesh))
+    model = together(lambda: build_model(sized, device, strategy.checkpointing, mesh))
     train, evaluation = together(lambda: [_rows(raw[name], scratch) for name in ("train", "evaluation")])
     snapshot = keeper.find(base, raw["train"].partition("?")[0].rpartition("/")[2])
     prepared = Prepared.model_validate(raw["prepared"])
     meter = Meter(device, flops_per_token(config, shape, prepared.counts), peak_flops(device, workers))
     callbacks = [Metrics(meter, config.run.name, rank), Progress()]
-    return make_trainer(config, base, model, train, evaluation, keeper, meter, scratch, callbacks), snapshot
+    parts = (base, model, train, evaluation, keeper, meter, scratch, callbacks)
+    return together(lambda: fitting_trainer(sized, sizes, lambda run: make_trainer(run, *parts))), snapshot
 
 
 def make_trainer(

@@ -114,7 +114,7 @@ def configured_point(config: TrainingConfig, mode: Checkpointing | None = None) 
     attention, chosen = config.model.attention, config.batch.activation_checkpointing
     strategy = config.workers.strategy
     return Point(
-        micro_batch_size=config.batch.micro_batch_size,
+        micro_batch_size=config.batch.rows,
         accumulation_steps=config.accumulation,
         activation_checkpointing=chosen if chosen != "auto" else mode or "none",
         base_precision=config.model.base_precision,

@@ -29,6 +29,7 @@ from cluster.model import ModelShape
 from training.config import TrainingConfig
 from training.data.prepare import Prepared
 from training.data.shards import read_shards
+from training.finder import is_out_of_memory
 from training.keeping import Keeper
 from training.modeling.engine import build_model
 from training.modeling.loading import checkpoint_folder
@@ -40,11 +41,6 @@ from training.worker import make_trainer, quiet_libraries
 
 ENDLESS = 1_000_000
 """steps of the run that a trial is the beginning of: it never reaches the last one, which would be saved"""
-CPU_OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc")
-"""what PyTorch says of it on a CPU, as a RuntimeError"""
-CUDA_OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-"""what libraries say of it that allocate beside PyTorch"""
-
 Say = Callable[[dict[str, Any]], None]
 
 
@@ -135,16 +131,6 @@ def whole_steps(rows: Dataset, rows_of_step: int) -> Dataset:
     if len(rows) < rows_of_step:
         rows = concatenate_datasets([rows] * -(-rows_of_step // len(rows)))
     return rows.select(range(len(rows) // rows_of_step * rows_of_step))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that memory ran out, in one of the ways in which PyTorch and CUDA's libraries do."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    words = (*CPU_OUT_OF_MEMORY, *CUDA_OUT_OF_MEMORY)
-    if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
-        return True
-    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 
 
 def limit_memory(limit_bytes: int) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
 
 from cluster.config import load_files
@@ -19,7 +18,7 @@ from training.data.prepare import prepare, read_prepared
 from tuning.journal import Trial
 from tuning.space import configured_point
 from tuning.supervisor import COMMAND, noise, run_trial
-from tuning.trial import is_out_of_memory, whole_steps
+from tuning.trial import whole_steps
 
 DEMO = "training/configs/demo.toml"
 STEP = (
@@ -136,18 +135,6 @@ def test_a_step_is_whole() -> None:
     assert whole_steps(rows, 4)["n"][:] == list(range(8))
     assert whole_steps(rows, 10)["n"][:] == list(range(10))
     assert whole_steps(rows, 24)["n"][:] == [*range(10), *range(10), *range(4)]
-
-
-def test_what_out_of_memory_is() -> None:
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert is_out_of_memory(MemoryError())
-    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
-    assert is_out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"))
-    wrapped = RuntimeError("the backend failed")
-    wrapped.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
-    assert is_out_of_memory(wrapped)
-    assert not is_out_of_memory(RuntimeError("shapes differ"))
-    assert not is_out_of_memory(ValueError("out of memory"))
 
 
 def test_noise_is_the_medians_standard_error() -> None:
