@@ -17,6 +17,7 @@ from cluster.config import ConfigError
 from cluster.memory import size
 from cluster.model import ModelShape
 from training.config import TrainingConfig
+from training.memory import choose_checkpointing
 from training.profile import PROFILE_FORMAT, Conditions
 from tuning.journal import Trial, point_fields
 from tuning.machines import Machine
@@ -109,6 +110,8 @@ def make_result(
 ) -> Result:
     """The study, written out."""
     choice = study.choice()
+    memory = machine.memory_bytes(study.settings.memory_gib)
+    own = configured_or_none(run, shape, memory)
     return Result(
         kind="measured",
         gpu=gpu_name(machine),
@@ -116,7 +119,7 @@ def make_result(
         shape=asdict(shape),
         conditions=Conditions.of(run),
         workers=run.workers.count,
-        memory_bytes=machine.memory_bytes(study.settings.memory_gib),
+        memory_bytes=memory,
         device=machine.device or (choice.trial.device if choice else None),
         driver=machine.driver,
         versions=dict(versions),
@@ -126,7 +129,7 @@ def make_result(
         chosen=choice.trial.point if choice else None,
         why=choice.why if choice else f"no point was measured: {study.over or 'the search was interrupted'}",
         ended=study.over,
-        configured=point_fields(study.baselines[0]) if study.baselines else None,
+        configured=point_fields(own) if own else None,
         seed=point_fields(seed) if (seed := seed_point(machine.name, run)) else None,
         trials=list(study.journal.trials),
         expected={str(point): round(speed, 1) for point, speed in study.expected.items()},
@@ -198,6 +201,16 @@ def seed_point(gpu_type: str, run: TrainingConfig) -> Point | None:
     micro, accumulation = SEED_TABLE[gpu_type]
     own = configured_point(run)
     return replace(own, micro_batch_size=micro, accumulation_steps=accumulation, activation_checkpointing="full")
+
+
+def configured_or_none(run: TrainingConfig, shape: ModelShape, memory_bytes: int | None) -> Point | None:
+    """The point of the run's own settings; None where they do not fit the GPU."""
+    if memory_bytes is None or not run.workers.gpus:
+        return configured_point(run)
+    try:
+        return configured_point(run, choose_checkpointing(run, shape, memory_bytes)[0])
+    except ConfigError:
+        return None
 
 
 def gpu_name(machine: Machine) -> str:

@@ -20,30 +20,33 @@ from cluster.memory import size
 from cluster.model import ModelShape
 from cluster.placement import gpu_nodes
 from training.config import TrainingConfig
-from training.driver import check_resources, connect, locate, prepare_data
-from training.memory import choose_checkpointing
+from training.driver import check_resources, connect, inside_job, locate, prepare_data
 from tuning.config import SearchConfig, TuningConfig
 from tuning.cost import tokens_per_second
 from tuning.journal import Journal, Trial, short_hash
 from tuning.machines import CPU, Machine, find_machines, probe
 from tuning.model import base_identity, model_name, model_shape
-from tuning.result import Result, make_result, seed_point
-from tuning.space import Point, configured_point, make_space
+from tuning.result import Result, configured_or_none, make_result, seed_point
+from tuning.space import Space, make_space
 from tuning.studies import MedianOfType, Studies
 from tuning.study import Study
 from tuning.supervisor import measure
 
 VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate", "ray")
+GRACE_SECONDS = 60.0
 Measure = Callable[[dict[str, Any], dict[str, Any]], None]
 
 
-def search(config: SearchConfig, command: str, trial: Measure = measure) -> list[Result]:
-    """Search on every GPU type that is wanted; what is found is written as it is complete.
+def search(
+    config: SearchConfig, command: str, trial: Measure = measure, grace_seconds: float = GRACE_SECONDS
+) -> list[Result]:
+    """Search on every GPU type that is wanted, on all of them at once; every trial is kept in a journal.
 
     Args:
         config: of the run and the search.
         command: that the user typed, for the record.
         trial: what Ray Tune runs on a type's node, `tuning.supervisor.measure` but in tests.
+        grace_seconds: how long all nodes of a type may be gone before the search goes on without it.
 
     Raises:
         ConfigError: the cluster lacks a type, no point of the space fits it, or the model cannot be read.
@@ -51,6 +54,12 @@ def search(config: SearchConfig, command: str, trial: Measure = measure) -> list
     """
     began = time.monotonic()
     settings, run = config.tuning, locate(config.training)
+    for key in ("storage", "profiles"):
+        if inside_job() and not Path(getattr(settings, key)).expanduser().is_absolute():
+            raise ConfigError(
+                f"tuning.{key} = {getattr(settings, key)!r} would lie in the job's copy of the working directory, "
+                "which goes away with it: give an absolute folder"
+            )
     shape, name = model_shape(run.model.path), model_name(run.model.path)
     connect()
     machines = find_machines(run, settings.gpu_types, ray.nodes())
@@ -69,7 +78,7 @@ def search(config: SearchConfig, command: str, trial: Measure = measure) -> list
         studies[machine.name] = make_study(machine, run, settings, shape, Journal(path, identity))
         _announce(studies[machine.name], machine, path)
     if any(study.over is None for study in studies.values()):
-        _run(studies, machines, run, settings, make_job(run, settings, data), folder / "tune", trial)
+        _run(studies, machines, run, settings, make_job(run, settings, data), folder / "tune", trial, grace_seconds)
     results = []
     for machine in machines:
         result = make_result(studies[machine.name], machine, run, shape, name, versions, command)
@@ -107,16 +116,6 @@ def make_study(
     return study
 
 
-def configured_or_none(run: TrainingConfig, shape: ModelShape, memory_bytes: int | None) -> Point | None:
-    """The point of the run's own settings; None where they do not fit the GPU."""
-    if memory_bytes is None or not run.workers.gpus:
-        return configured_point(run)
-    try:
-        return configured_point(run, choose_checkpointing(run, shape, memory_bytes)[0])
-    except ConfigError:
-        return None
-
-
 def identity_of(
     machine: Machine,
     run: TrainingConfig,
@@ -145,7 +144,7 @@ def identity_of(
     }
 
 
-def _space(machine: Machine, run: TrainingConfig, settings: TuningConfig, shape: ModelShape) -> Any:
+def _space(machine: Machine, run: TrainingConfig, settings: TuningConfig, shape: ModelShape) -> Space:
     try:
         return make_space(run, settings.space, shape, machine.memory_bytes(settings.memory_gib), settings.margin)
     except ConfigError as error:
@@ -160,6 +159,7 @@ def _run(
     job: dict[str, Any],
     folder: Path,
     trial: Measure,
+    grace_seconds: float,
 ) -> None:
     asking = Studies(studies, lambda name, done: print(progress(studies[name], done), flush=True))
     bundles = {machine.name: tune.PlacementGroupFactory([machine.bundle(run)]) for machine in machines}
@@ -170,7 +170,9 @@ def _run(
             trainable,
             tune_config=tune.TuneConfig(
                 search_alg=asking,
-                scheduler=MedianOfType(asking, stop_slow=settings.stop_slow, there=_types_there),
+                scheduler=MedianOfType(
+                    asking, stop_slow=settings.stop_slow, there=_types_there, grace_seconds=grace_seconds
+                ),
                 num_samples=-1,
             ),
             run_config=tune.RunConfig(name=time.strftime("%Y%m%d-%H%M%S"), storage_path=str(folder), verbose=0),

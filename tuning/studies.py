@@ -90,15 +90,23 @@ class MedianOfType(FIFOScheduler):
         stop_slow: apply the rule.
         there: GPU types that the cluster has now.
         grace_seconds: how long a type may be gone.
+        clock: seconds.
     """
 
     def __init__(
-        self, studies: Studies, *, stop_slow: bool, there: Callable[[], set[str]], grace_seconds: float = 60.0
+        self,
+        studies: Studies,
+        *,
+        stop_slow: bool,
+        there: Callable[[], set[str]],
+        grace_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
         self.studies, self.stop_slow, self.there, self.grace_seconds = studies, stop_slow, there, grace_seconds
         self._rules: dict[str, MedianStoppingRule] = {}
-        self._looked = time.monotonic()
+        self.clock = clock
+        self._looked = clock()
         self._seen = dict.fromkeys(studies.studies, self._looked)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
@@ -140,7 +148,7 @@ class MedianOfType(FIFOScheduler):
         )
 
     def _look(self, tune_controller: Any) -> None:
-        now = time.monotonic()
+        now = self.clock()
         if now - self._looked < LOOK_SECONDS:
             return
         self._looked = now

@@ -7,9 +7,9 @@ Recording is an exhaustive `tuning search`: real trials, one at a time, none end
 with random weights, which it writes to `--base` first. A replay asks each searcher for points and answers from the
 grid: `regret` is by which share the best point found is slower than the grid's best, `trials_to_2_percent` how many
 trials it took to be within two percent of it. The ascent ends by itself; random and Optuna's TPE are means over
-`--seeds` seeds, their regret is that after as many trials, and they go on to see how many they would have needed (the
-mean is over those that got there within 60). Landscapes of GPUs are simulated from the arithmetic that the ascent
-expects speeds by, off by up to 12 %: they flatter it, and recorded grids do not.
+`--seeds` seeds, and their regret is that after as many trials. On recorded grids they go on to see how many they would
+have needed (the mean is over those that got there). Landscapes of GPUs are simulated from the arithmetic that the
+ascent expects speeds by, off by up to 12 %: they flatter it, and recorded grids do not.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def compare(name: str, grid: Grid, seeds: int) -> list[dict[str, Any]]:
     """A row for each searcher on a grid."""
     points, truth, expected = grid
     climbed = replay(points, truth, expected, ascent, len(points))
-    budget, longest = len(climbed), min(len(points), LONGEST)
+    budget = len(climbed)
+    longest = budget if name.startswith("simulated") else min(len(points), LONGEST)
     searchers: dict[str, list[Searcher]] = {"random": [random_points(seed) for seed in range(seeds)]}
     if importlib.util.find_spec("optuna") is not None:
         searchers["tpe"] = [tpe(points, seed) for seed in range(seeds)]

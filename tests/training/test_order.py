@@ -240,4 +240,4 @@ def test_the_global_batch_decides_the_accumulation() -> None:
 
 def test_a_gpu_s_preset_gives_way_to_it() -> None:
     config = configured("--batch.global_batch_size", 64, files=("training/configs/h100.toml",))
-    assert config.accumulation == -(-64 // config.batch.micro_batch_size)
+    assert config.accumulation == -(-64 // config.batch.rows)
