@@ -10,9 +10,10 @@ it below, it is a guess: good enough for an order, and a search measures.
 from __future__ import annotations
 
 from cluster.hardware import GpuProfile
+from cluster.memory import step_gather_bytes
 from cluster.model import MXFP4_BITS, ModelShape
 from training.config import TrainingConfig
-from training.memory import adapted_expert_layers, trainable_parameters
+from training.memory import adapted_expert_layers, recipe_of, trainable_parameters
 from tuning.space import Point, shards_of
 
 PRODUCTS = 0.6
@@ -29,8 +30,8 @@ GROUP_SECONDS = 3.0e-5
 """that a loop over experts adds for each of them, projection and pass"""
 OPTIMIZER_BYTES = 28
 """that AdamW moves a trainable parameter"""
-LINK_BYTES_PER_SECOND = 200e9
-"""between GPUs that share a base"""
+LINKS = 0.5
+"""share of the speed of its host's links that a GPU reaches in gathering layers of a shared base; a guess"""
 
 PASSES = {"none": 2.0, "experts": 2.5, "full": 3.0}
 """of the layers in a step, by what is recomputed"""
@@ -38,7 +39,7 @@ DOCUMENT_TOKENS = 512
 """mean length of a document, where rows are longer"""
 UNCOMPILED = 2.0
 """times that rows go through memory more often without compilation"""
-HOST = GpuProfile("CPU", "CPU", (), 0, 2e10, 2e11, (0, 0))
+HOST = GpuProfile("CPU", "CPU", (), 0, 2e10, 2e11, (0, 0), 1e10)
 """a CPU, for the order of points alone"""
 
 
@@ -81,9 +82,8 @@ def step_seconds(point: Point, config: TrainingConfig, shape: ModelShape, gpu: G
     launches = shape.num_hidden_layers * passes * LAUNCH_SECONDS
     if looped or point.experts == "eager":
         launches += shape.num_hidden_layers * passes * 2 * shape.num_local_experts * GROUP_SECONDS
-    gathers = 0.0
-    if shards_of(point, config) > 1:
-        gathers = 2 * shape.expert_parameters * (stored or number) / LINK_BYTES_PER_SECOND
+    recipe = recipe_of(applied, shape, point.activation_checkpointing, shards_of(point, config))
+    gathers = step_gather_bytes(shape, recipe, 1) / (device.link_bytes_per_second * LINKS)
     optimizer = trainable_parameters(applied, shape) * OPTIMIZER_BYTES / bandwidth
     return point.accumulation_steps * (products + weights + rows + launches + gathers) + optimizer
 
