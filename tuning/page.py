@@ -12,7 +12,7 @@ from tuning.journal import Trial
 from tuning.result import Result
 from tuning.space import Point
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 860, 300, 70, 40, 16, 16
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 860, 310, 70, 40, 30, 16
 _TICKS = 4
 _COLOURS = ("a", "b", "c", "d", "e", "f")
 
@@ -222,7 +222,7 @@ def _chart(
         parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{label(top * tick / _TICKS)}</text>')
         parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 24}" text-anchor="middle">{label(right * tick / _TICKS)}</text>')
     parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 6}" text-anchor="end">{escape(across)}</text>')
-    parts.append(f'<text x="4" y="{_TOP - 4}">{escape(up)}</text>')
+    parts.append(f'<text x="4" y="{_TOP - 16}">{escape(up)}</text>')
     if wall:
         _, y = place(0, wall)
         parts.append(f'<line class="wall" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
