@@ -112,7 +112,7 @@ def test_a_worker_that_is_terminated_has_all_save_and_go_on_elsewhere(runs: Call
 @pytest.mark.cluster
 @pytest.mark.fault
 def test_a_signal_to_the_driver_saves_and_the_same_command_resumes(runs: Callable[..., Run]) -> None:
-    """SIGINT is `test_a_second_signal_aborts_at_once`'s first, and test_faults sends it to a run that trains."""
+    """SIGINT is `test_a_second_signal_aborts_at_once`'s first, and test_faults_stops sends it to a run that trains."""
     run = runs()
     run.wait_for_steps()
     run.process.send_signal(signal.SIGTERM)
