@@ -1,4 +1,4 @@
-"""Whether the driver wants the run to end, kept by an actor. Its process imports this module alone, and no Ray Train."""
+"""Whether the driver wants a run to end, kept by an actor whose process imports this module alone, and no Ray Train."""
 
 from __future__ import annotations
 
