@@ -27,9 +27,10 @@ SECONDS = 600
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[LocalRay]:
     """One head node for all tests that submit work to a cluster. It has the keys of the tests' S3, and Ray Train's
-    controllers look at their workers every half second and not every two."""
+    controllers look at their workers every half second and not every two; metrics are told every two, not ten."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        patch.setenv("RAY_metrics_report_interval_ms", "2000")
         patch.setenv("AWS_ACCESS_KEY_ID", "testing")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
