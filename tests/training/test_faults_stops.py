@@ -60,7 +60,7 @@ def test_a_run_is_stopped_and_killed_in_every_way(whole: Whole, ray_cluster: Loc
 def test_a_node_is_lost_and_replaced(whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"period_ms": 1000, "timeout_ms": 5000, "failure_threshold": 5}.items():
         monkeypatch.setenv(f"RAY_health_check_{name}", str(value))
-    with local_ray(1) as head:
+    with local_ray(1, dashboard=False) as head:
         with node(head, tmp_path / "node-1") as lost:
             run = start(head, tmp_path, "short", tmp_path / "log", workers__retries=3, **WHOLE)
             run.wait_for(rf"step 6/{STEPS} saved")
