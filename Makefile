@@ -12,7 +12,7 @@ demo: .venv/installed
 
 # Everything that must hold: check, then all other tests, two files at a time: most wait for processes to start.
 test: .venv/installed
-	$(MAKE) -j 3 --output-sync chromium style types configs
+	$(MAKE) -j 3 --output-sync --no-print-directory chromium style types configs
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/test_configs.py
 
 # For the playground's tests: Debian's Chromium, where this may install it; they are skipped where there is none.
@@ -31,7 +31,7 @@ soak: .venv/installed
 
 # Format, lint, types, import rules, and that every shipped TOML loads.
 check: .venv/installed
-	$(MAKE) -j 2 --output-sync style types configs
+	$(MAKE) -j 2 --output-sync --no-print-directory style types configs
 
 style: .venv/installed
 	$(BIN)/ruff format --check .
