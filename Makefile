@@ -4,15 +4,16 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test chromium test-faults soak check bench clean
+.PHONY: demo test chromium test-faults soak check style types configs bench clean
 
 # Fine-tune on two workers, merge, serve, and ask held-out questions over HTTP.
 demo: .venv/installed
 	$(BIN)/python -m training.demo
 
-# Everything that must hold: check, then all tests, two files at a time: most of them wait for processes to start.
-test: check chromium
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+# Everything that must hold: check, then all other tests, two files at a time: most wait for processes to start.
+test: .venv/installed
+	$(MAKE) -j 3 --output-sync --no-print-directory chromium style types configs
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/test_configs.py
 
 # For the playground's tests: Debian's Chromium, where this may install it; they are skipped where there is none.
 chromium:
@@ -30,10 +31,17 @@ soak: .venv/installed
 
 # Format, lint, types, import rules, and that every shipped TOML loads.
 check: .venv/installed
+	$(MAKE) -j 2 --output-sync --no-print-directory style types configs
+
+style: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+types: .venv/installed
+	$(BIN)/mypy
+
+configs: .venv/installed
 	$(BIN)/python -m pytest -q tests/test_configs.py
 
 # Measurements with results kept in tests/benchmarks/results.

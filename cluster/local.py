@@ -40,7 +40,8 @@ PORT_FLAGS = (
 
 @dataclass(frozen=True)
 class LocalRay:
-    """A running head node. `environment` is what a process needs to join it, the token among it."""
+    """A running head node. `environment` is what a process needs to join it, the token among it; `dashboard` is its
+    URL, and empty without one."""
 
     address: str
     dashboard: str
@@ -49,15 +50,17 @@ class LocalRay:
 
 
 @contextmanager
-def local_ray(cpus: int) -> Iterator[LocalRay]:
+def local_ray(cpus: int, *, dashboard: bool = True) -> Iterator[LocalRay]:
     """Start a head node with `cpus` logical CPUs; stop it, with everything it started, when the block ends.
+
+    Without the dashboard, which is several processes more, it takes no jobs.
 
     Raises:
         RuntimeError: Ray does not come up; the message holds what it printed.
     """
     for tries_left in reversed(range(TRIES)):
         folder = Path(tempfile.mkdtemp(prefix="rs-"))
-        head, ray = _start(folder, cpus)
+        head, ray = _start(folder, cpus, dashboard)
         try:
             if _is_up(head, folder):
                 yield ray
@@ -70,7 +73,7 @@ def local_ray(cpus: int) -> Iterator[LocalRay]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(folder: Path, cpus: int) -> tuple[subprocess.Popen[bytes], LocalRay]:
+def _start(folder: Path, cpus: int, dashboard: bool) -> tuple[subprocess.Popen[bytes], LocalRay]:
     ports = dict(zip(PORT_FLAGS, free_ports(len(PORT_FLAGS)), strict=True))
     address = f"127.0.0.1:{ports['--port']}"
     environment = {
@@ -79,16 +82,17 @@ def _start(folder: Path, cpus: int) -> tuple[subprocess.Popen[bytes], LocalRay]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_prestart_worker_first_driver": "0",  # processes for each CPU, which no job with an environment can use
         "PYTHONPATH": os.pathsep.join(filter(None, (str(Path.cwd()), os.environ.get("PYTHONPATH")))),
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", str(cpus)]
-    command += ["--node-ip-address", "127.0.0.1", "--temp-dir", str(folder), "--include-dashboard", "true"]
-    command += ["--object-store-memory", str(OBJECT_STORE_BYTES)]
+    command += ["--node-ip-address", "127.0.0.1", "--temp-dir", str(folder)]
+    command += ["--include-dashboard", str(dashboard).lower(), "--object-store-memory", str(OBJECT_STORE_BYTES)]
     command += [f"{flag}={port}" for flag, port in ports.items()]
     with (folder / LOG).open("wb") as output:
         head = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
-    dashboard = f"http://127.0.0.1:{ports['--dashboard-port']}"
-    return head, LocalRay(address, dashboard, folder, {**environment, "RAY_ADDRESS": address})
+    url = f"http://127.0.0.1:{ports['--dashboard-port']}" if dashboard else ""
+    return head, LocalRay(address, url, folder, {**environment, "RAY_ADDRESS": address})
 
 
 def free_ports(count: int) -> list[int]:

@@ -26,8 +26,11 @@ SECONDS = 600
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[LocalRay]:
-    """One head node for all tests that submit work to a cluster. It has the keys of the tests' S3."""
+    """One head node for all tests that submit work to a cluster. It has the keys of the tests' S3, and Ray Train's
+    controllers look at their workers every half second and not every two; metrics are told every two, not ten."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        patch.setenv("RAY_metrics_report_interval_ms", "2000")
         patch.setenv("AWS_ACCESS_KEY_ID", "testing")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -78,8 +81,21 @@ def one_thread() -> Iterator[None]:
 
 
 def pytest_configure() -> None:
-    """A suite started in a shell's background ignores SIGINT, and commands that tests interrupt would inherit that."""
+    """A suite started in a shell's background ignores SIGINT, and commands that tests interrupt would inherit that.
+    Processes of pytest-xdist share the cores: threads that wait for each other would wait for another process's too."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(processes)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first (`--no-loadscope-reorder`), so that no process has one left at the end."""
+
+    def files(marker: str) -> set[Path]:
+        return {item.path for item in items if item.get_closest_marker(marker)}
+
+    fault, cluster = files("fault"), files("cluster")
+    items.sort(key=lambda item: (item.path not in fault, item.path not in cluster))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -27,10 +27,10 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from training.request import Request
+
 POLL_SECONDS = 1.0
 """between two looks of rank 0 at what the driver wants"""
-SILENT_SECONDS = 30.0
-"""without a look for so long there are no workers that could save"""
 WAIT_SECONDS = 0.2
 """between two looks of the driver at signals that have come"""
 
@@ -177,7 +177,7 @@ def stopping_by_signal() -> Iterator[Stop]:
     Outside a process's main thread no signal arrives, and nothing is changed.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    request = ray.remote(num_cpus=0, scheduling_strategy=here)(_Request).remote()
+    request = ray.remote(num_cpus=0, scheduling_strategy=here)(Request).remote()
     stop = Stop(request)
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
@@ -189,23 +189,6 @@ def stopping_by_signal() -> Iterator[Stop]:
         for number, handler in before.items():
             signal.signal(number, handler)
         ray.kill(request)
-
-
-class _Request:
-    """An actor beside the driver, which cannot reach the workers itself: whether they shall end the run."""
-
-    def __init__(self) -> None:
-        self.is_asked = False
-        self.looked = float("-inf")
-
-    def ask(self) -> bool:
-        """Ask; returns whether workers look."""
-        self.is_asked = True
-        return time.monotonic() - self.looked < SILENT_SECONDS
-
-    def asked(self) -> bool:
-        self.looked = time.monotonic()
-        return self.is_asked
 
 
 def _poll(request: Any) -> None:

@@ -27,7 +27,7 @@ from tests.serving.tiny import save_tiny_checkpoint
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[LocalRay]:
-    with local_ray(cpus=2) as found:
+    with local_ray(cpus=2, dashboard=False) as found:
         yield found
 
 

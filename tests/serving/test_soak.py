@@ -15,7 +15,7 @@ SECONDS = 60.0
 
 
 def test_every_request_ends_in_a_right_answer_or_a_typed_error() -> None:
-    with local_ray(3) as ray:
+    with local_ray(3, dashboard=False) as ray:
         report = Soak(ray, Path("training/demo/model").absolute()).run(SECONDS)
     assert report.wrong == []
     assert report.untyped == []

@@ -146,7 +146,7 @@ def test_a_cluster_without_a_running_application_is_not_healthy(
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[LocalRay]:
-    with local_ray(cpus=3) as found:
+    with local_ray(cpus=3, dashboard=False) as found:
         yield found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +23,18 @@ class Whole:
 
 @pytest.fixture(scope="session")
 def whole(ray_cluster: LocalRay, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """On two workers, each with the whole base; every checkpoint is kept."""
-    storage = tmp_path_factory.mktemp("runs")
-    done = run_python(ray_cluster, *short_run(storage, "short", **WHOLE, run__keep_checkpoints=100))
-    assert done.code == 0, done.output
-    return Whole(storage / "short", done.output)
+    """On two workers, each with the whole base; every checkpoint is kept. Made once for all of pytest's processes."""
+    own = tmp_path_factory.getbasetemp()
+    storage = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "whole"
+    storage.mkdir(exist_ok=True)
+    printed = storage / "printed"
+    with (storage / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            done = run_python(ray_cluster, *short_run(storage, "short", **WHOLE, run__keep_checkpoints=100))
+            assert done.code == 0, done.output
+            printed.write_text(done.output, encoding="utf-8")
+    return Whole(storage / "short", printed.read_text(encoding="utf-8"))
 
 
 WHOLE = {"run__maximum_steps": 24, "run__saving_steps": 3}

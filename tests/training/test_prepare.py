@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from cluster.harmony import Codec
 from cluster.local import LocalRay
-from tests.conftest import run_python
+from tests.conftest import Finished, run_python
 from training.config import DataConfig
 from training.data import prepare as module
 from training.data.conversations import parts
@@ -26,7 +27,11 @@ DATA = Path("training/demo/data/train.jsonl")
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
+    return write_data(tmp_path / "data")
+
+
+def write_data(folder: Path) -> Path:
+    """A folder of four files."""
     folder.mkdir()
     lines = DATA.read_bytes().splitlines(keepends=True)
     for number in range(4):
@@ -51,14 +56,30 @@ def task(path: Path, folder: Path, number: int, **settings: Any) -> dict[str, An
     }
 
 
+@dataclass(frozen=True)
+class Job:
+    """A job on the cluster that nothing disturbed: its data and storage, and how it ended."""
+
+    data: Path
+    storage: Path
+    done: Finished
+
+
+@pytest.fixture(scope="module")
+def job(ray_cluster: LocalRay, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    place = tmp_path_factory.mktemp("job")
+    data, storage = write_data(place / "data"), place / "storage"
+    return Job(data, storage, run_python(ray_cluster, *words(data, storage)))
+
+
 @pytest.mark.cluster
 def test_a_job_on_the_cluster_writes_what_one_process_would_and_is_found_again(
-    ray_cluster: LocalRay, data: Path, tmp_path: Path
+    ray_cluster: LocalRay, job: Job, tmp_path: Path
 ) -> None:
-    done = run_python(ray_cluster, *words(data, tmp_path / "storage"))
+    data, done = job.data, job.done
     assert done.code == 0, done.output
     assert "400 conversations" in done.output
-    (folder,) = (tmp_path / "storage" / "prepared").iterdir()
+    (folder,) = (job.storage / "prepared").iterdir()
     alone = tmp_path / "alone"
     alone.mkdir()
     for number in (2, 0, 3, 1):
@@ -67,7 +88,7 @@ def test_a_job_on_the_cluster_writes_what_one_process_would_and_is_found_again(
     for ours, theirs in zip(shard_files(alone), shard_files(folder), strict=True):
         assert Path(ours).read_bytes() == Path(theirs).read_bytes()
     changed = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
-    again = run_python(ray_cluster, *words(data, tmp_path / "storage"))
+    again = run_python(ray_cluster, *words(data, job.storage))
     assert again.code == 0, again.output
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == changed
     assert read_prepared(folder).efficiency > 0.9
@@ -89,16 +110,16 @@ def test_a_broken_record_ends_the_job_with_its_place_and_leaves_nothing(
 
 @pytest.mark.cluster
 @pytest.mark.fault
-def test_an_interrupted_job_goes_on_with_the_missing_parts(ray_cluster: LocalRay, data: Path, tmp_path: Path) -> None:
+def test_an_interrupted_job_goes_on_with_the_missing_parts(ray_cluster: LocalRay, job: Job, tmp_path: Path) -> None:
     """A part whose summary is missing is made again; the others stay, here shown by a mark left in them."""
-    run_python(ray_cluster, *words(data, tmp_path / "storage"))
+    shutil.copytree(job.storage, tmp_path / "storage")
     (folder,) = (tmp_path / "storage" / "prepared").iterdir()
     whole = [Path(file).read_bytes() for file in shard_files(folder)]
     (folder / "prepared.json").unlink()
     (folder / "part-00002.json").unlink()
     Path(shard_files(folder)[2]).unlink()
     kept = Path(shard_files(folder)[0]).stat().st_mtime_ns
-    done = run_python(ray_cluster, *words(data, tmp_path / "storage"))
+    done = run_python(ray_cluster, *words(job.data, tmp_path / "storage"))
     assert done.code == 0, done.output
     assert [Path(file).read_bytes() for file in shard_files(folder)] == whole
     assert Path(shard_files(folder)[0]).stat().st_mtime_ns == kept

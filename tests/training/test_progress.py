@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -208,7 +209,9 @@ def test_other_ranks_and_other_lines_print_nothing(bar: Run, capsys: pytest.Capt
 @pytest.mark.cluster
 def test_two_workers_on_a_real_ray(ray_cluster: LocalRay, tmp_path: Path) -> None:
     """The controller takes a report every two seconds, and the workers do not wait for that."""
-    done = run_python(ray_cluster, "-m", "tests.training.reporting", tmp_path)
+    every_two_seconds = ray_cluster.environment | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "2"}
+    ray = dataclasses.replace(ray_cluster, environment=every_two_seconds)
+    done = run_python(ray, "-m", "tests.training.reporting", tmp_path)
     assert done.code == 0, done.output
     reports = json.loads((tmp_path / "reports.json").read_text(encoding="utf-8"))
     assert [[report["step"] for report in each] for each in reports] == [[n, n] for n in range(1, LINES + 1)]

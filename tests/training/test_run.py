@@ -57,18 +57,6 @@ def test_the_loss_falls(whole: Whole) -> None:
     assert sum(found[-6:]) < sum(found[:6])
 
 
-def test_packed_rows_weights_and_held_out_loss(ray_cluster: LocalRay, storage: Path, tmp_path: Path) -> None:
-    lines = Path("training/demo/data/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    heldout = tmp_path / "heldout.jsonl"
-    heldout.write_text("".join(lines[:16]), encoding="utf-8")
-    data = {"data.sequence_length": 600, "data.weights.analysis": 0.5}
-    steps = {"data.evaluation": heldout, "run.maximum_steps": 2, "run.evaluation_steps": 2}
-    done = run_python(ray_cluster, *short_run(storage, "packed", **data, **steps), "--data.packing")
-    assert done.code == 0, done.output
-    assert re.search(r"rows      \d+ of 600 tokens, 9\d\.\d% full", done.output)
-    assert re.search(r"step 2/2 .* held-out loss [\d.]+", done.output)
-
-
 def test_a_finished_run_is_not_run_again(whole: Whole, ray_cluster: LocalRay) -> None:
     again = run_python(ray_cluster, *short_run(whole.folder.parent, "short", **WHOLE))
     assert again.code == 0
@@ -116,10 +104,26 @@ def submit(ray: LocalRay, *words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_ray_job_submit_trains_and_streams_its_log(ray_cluster: LocalRay, storage: Path) -> None:
-    done = submit(ray_cluster, *short_run(storage, "job", run__maximum_steps=2))
+@pytest.fixture(scope="module")
+def job(ray_cluster: LocalRay, storage: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Log of a submitted run of two steps, with packed rows, a weight and held-out data."""
+    lines = Path("training/demo/data/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    heldout = tmp_path_factory.mktemp("heldout") / "heldout.jsonl"
+    heldout.write_text("".join(lines[:16]), encoding="utf-8")
+    data = {"data.sequence_length": 600, "data.weights.analysis": 0.5}
+    steps = {"data.evaluation": heldout, "run.maximum_steps": 2, "run.evaluation_steps": 2}
+    done = submit(ray_cluster, *short_run(storage, "job", **data, **steps), "--data.packing")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "step 2/2 saved" in done.stdout
+    return done.stdout
+
+
+def test_packed_rows_weights_and_held_out_loss(job: str) -> None:
+    assert re.search(r"rows      \d+ of 600 tokens, 9\d\.\d% full", job)
+    assert re.search(r"step 2/2 .* held-out loss [\d.]+", job)
+
+
+def test_ray_job_submit_trains_and_streams_its_log(job: str, storage: Path) -> None:
+    assert "step 2/2 saved" in job
     assert read_manifest(storage / "job" / "adapter", "adapter").base == "training/demo/model"
 
 

@@ -112,7 +112,7 @@ def test_a_worker_that_is_terminated_has_all_save_and_go_on_elsewhere(runs: Call
 @pytest.mark.cluster
 @pytest.mark.fault
 def test_a_signal_to_the_driver_saves_and_the_same_command_resumes(runs: Callable[..., Run]) -> None:
-    """SIGINT is `test_a_second_signal_aborts_at_once`'s first, and test_faults sends it to a run that trains."""
+    """SIGINT is `test_a_second_signal_aborts_at_once`'s first, and test_faults_stops sends it to a run that trains."""
     run = runs()
     run.wait_for_steps()
     run.process.send_signal(signal.SIGTERM)
@@ -225,7 +225,7 @@ def second_node(ray: LocalRay, cpus: int) -> Iterator[str]:
 @pytest.mark.cluster
 @pytest.mark.fault
 def test_a_node_that_is_drained_has_all_save_and_go_on_elsewhere(tmp_path: Path) -> None:
-    with local_ray(2) as ray, second_node(ray, cpus=2) as node:
+    with local_ray(2, dashboard=False) as ray, second_node(ray, cpus=2) as node:
         run = Run(ray, tmp_path, "--steps", "300", RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.5")
         run.wait_for_steps()
         drain = ["drain-node", "--address", ray.address, "--node-id", node, "--deadline-remaining-seconds", "120"]

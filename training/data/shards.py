@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet
-from datasets import Dataset
 
 from cluster.artifacts import publish_file
 from cluster.storage import is_uri
 from training.data.packing import Row
 from training.data.places import open_filesystem
+
+if TYPE_CHECKING:  # the driver writes shards, and this takes a second to import
+    from datasets import Dataset
 
 SCHEMA = pa.schema(
     [
@@ -54,6 +57,8 @@ def read_shards(place: str, scratch: Path) -> Dataset:
         place: the folder, or its URI, from where the shards are copied first.
         scratch: folder on this node, for that.
     """
+    from datasets import Dataset
+
     if not is_uri(place):
         return Dataset.from_parquet(shard_files(Path(place)))
     source, inner = open_filesystem(place)
