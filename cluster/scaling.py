@@ -41,8 +41,8 @@ two H200 a step's 48 gathers of the 20b with no arithmetic between took 36 ms mo
 ms in bf16, and 72 of the 120b 134 ms (`tests/benchmarks/results/scaling-gpt-oss-*-2xh200.json`)"""
 COPY_SECONDS = 0.45e-3
 SHOWN_SHARE = 0.35
-"""of the links' time that arithmetic beside it does not hide, measured on two H200 as 0.60 and 0.35 in packed steps of 8
-rows (20b and 120b), 0.25 in bf16, and 0.58 and 0.07 at one row"""
+"""of the links' time that arithmetic beside it does not hide, measured on two H200 as 0.60 and 0.35 in packed steps
+of 8 rows (20b and 120b), 0.25 in bf16, and 0.58 and 0.07 at one row"""
 BUCKET_BYTES = 25 * 2**20
 """of gradients that DistributedDataParallel averages at once (its `bucket_cap_mb`)"""
 GRADIENT_BYTES = 4
