@@ -31,7 +31,6 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ConfigError: the cluster cannot be reached, or a flag cannot be taken; the exit code is 2.
     """
-
     address = options.address or os.environ.get("RAY_ADDRESS")
     try:
         jobs = _jobs(options.model)

@@ -26,7 +26,8 @@ JOBS = [Job("20b", GPT_OSS_20B), Job("120b", GPT_OSS_120B)]
 def node(host: str, gpus: int = 8, kind: str = "NVIDIA H100 80GB HBM3", **changes: Any) -> Node:
     cards = changes.pop("cards", None)
     seen = tuple(Gpu(name=kind, memory_bytes=80 * 2**30, driver="550.54") for _ in range(gpus))
-    fields: dict[str, Any] = {"ray_gpus": gpus, "gpus": seen if cards is None else cards, "versions": VERSIONS, "cuda": "12.8", "token": True,
+    fields: dict[str, Any] = {"ray_gpus": gpus, "gpus": seen if cards is None else cards,
+                              "versions": VERSIONS, "cuda": "12.8", "token": True,
                               "cpus": 64, "free_disk_bytes": 2**40, "object_store_bytes": 2**36}  # fmt: skip
     return Node(host=host, **(fields | changes))
 
