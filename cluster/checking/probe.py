@@ -101,5 +101,6 @@ def _storage_error(storage: str) -> str | None:
         finally:
             filesystem.delete_file(place)
     except Exception as error:  # of any file system; the caller shows it
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"[:300]
+        lines = str(error).replace(storage, "the storage").splitlines() or ["no reason given"]
+        return f"{type(error).__name__}: {lines[0]}"[:300]
     return None if found == content else "what was read is not what was written"

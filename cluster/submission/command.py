@@ -14,7 +14,7 @@ from ray.job_submission import JobSubmissionClient
 
 from cluster.config import ConfigError
 from cluster.memory import size
-from cluster.submission.job import OnInterrupt, Patience, Wish, follow, interrupted
+from cluster.submission.job import INTERRUPTED, OnInterrupt, Patience, Wish, follow, interrupted
 from cluster.submission.packing import package_of
 from cluster.tables import positive_number
 
@@ -63,6 +63,10 @@ def run(options: argparse.Namespace) -> int:
             entrypoint_num_cpus=options.cpus,
             entrypoint_num_gpus=options.gpus,
         )
+    except KeyboardInterrupt:
+        print(f"interrupted while handing the job over; `ray job list --address {client.get_address()}` shows whether "
+              "the cluster has it", file=sys.stderr)  # fmt: skip
+        return INTERRUPTED
     except Exception as error:  # requests' and Ray's of a network that was cut, a full store, a refused token
         raise ConfigError(
             f"the cluster at {client.get_address()} did not take the job: {_safe(error, secrets)}"
