@@ -22,6 +22,13 @@ from cluster.model import MXFP4_BITS, Checkpointing, ModelShape
 BYTES = {"bf16": 2, "fp32": 4}
 """bytes a number"""
 
+MARGIN = 0.06
+"""share of the arithmetic's sum that must be free beside it: the CUDA context, about half a GiB, what the allocator
+loses between blocks, and what the arithmetic leaves out"""
+
+MODES: tuple[Checkpointing, ...] = ("none", "experts", "full")
+"""from the fastest to the smallest"""
+
 ADAPTER_BYTES = 16
 """bytes a trainable parameter: weight, gradient and AdamW's two moments, each in fp32"""
 BUCKET_BYTES = 4

@@ -138,7 +138,7 @@ class ModelShape:
         adapters = active.lora_parameters(rank, attention, expert_layers)
         head = self.vocab_size * self.hidden_size * trained_share
         frozen = self.num_hidden_layers * self._layer_weights + head
-        return 4.0 * frozen + 6.0 * adapters + 3.0 * self._score_flops(document_tokens)
+        return 4.0 * frozen + 6.0 * adapters + 3.0 * self.score_flops(document_tokens)
 
     def recomputed_flops_per_token(
         self, checkpointing: Checkpointing, rank: int, attention: bool, expert_layers: int, document_tokens: int
@@ -156,7 +156,7 @@ class ModelShape:
         if checkpointing == "full":
             adapters = active.lora_parameters(rank, attention, expert_layers)
             layers = self.num_hidden_layers * self._layer_weights
-            return 2.0 * (layers + adapters) + self._score_flops(document_tokens)
+            return 2.0 * (layers + adapters) + self.score_flops(document_tokens)
         return 0.0
 
     @property
@@ -167,7 +167,7 @@ class ModelShape:
         experts = self.num_experts_per_tok * 3 * self.hidden_size * self.intermediate_size
         return attention + self.hidden_size * self.num_local_experts + experts
 
-    def _score_flops(self, document_tokens: int) -> float:
+    def score_flops(self, document_tokens: int) -> float:
         """Operations a token of all layers' scores and of their products with values, forward, masked ones left out."""
         window = min(SLIDING_WINDOW, document_tokens)
         full = (document_tokens + 1) / 2

@@ -3,12 +3,13 @@
 Two things pass between GPUs in a step: layers of a base that GPUs share are gathered, in each pass of each micro-batch,
 and the adapters' gradients are averaged over all GPUs once. Both run beside the step's arithmetic, so that
 
-    step = arithmetic + copies + ends + max(0, links − arithmetic)
+    step = arithmetic + copies + ends + max(shown · links, links − arithmetic)
 
-`links` is the time of all gathers and of the all-reduce, which share the links; `ends` are the two exchanges that have
-no arithmetic beside them, the first layer's gather and the last bucket of gradients; `copies` are those out of a
-gather's buffer, which PyTorch's FSDP2 makes between layers. Every GPU is taken to be as fast as the measured one: what
-waiting for the slowest of many costs is not in it.
+`links` is the time of all gathers and of the all-reduce, which share the links, but for `ends`, the two exchanges that
+have no arithmetic beside them, the first layer's gather and the last bucket of gradients. Of what has, a share still
+shows, for an exchange takes multiprocessors and memory from the arithmetic beside it. `copies` are those into and out
+of a gather's buffer, which PyTorch's FSDP2 makes between layers. Every GPU is taken to be as fast as the measured one:
+what waiting for the slowest of many costs is not in it.
 
 A ring of n GPUs passes (n − 1)/n of what it gathers through each link, and twice that of what it averages (Patarasuk
 and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations"), at the speed of its slowest
@@ -34,6 +35,14 @@ HOST_HOP_SECONDS = 3.4e-6
 NETWORK_HOP_SECONDS = 14e-6
 """from one GPU of a ring to the next, within a host and between two (NCCL 2.18, `src/graph/tuning.cc`, `hwLat`, ring
 and protocol Simple)"""
+COPY_SHARE = 0.65
+"""of the memory's speed that copies into and out of gathers' buffers reach, beside `COPY_SECONDS` for each gather: of
+two H200 a step's 48 gathers of the 20b with no arithmetic between took 36 ms more than their links where packed and 72
+ms in bf16, and 72 of the 120b 134 ms (`tests/benchmarks/results/scaling-gpt-oss-*-2xh200.json`)"""
+COPY_SECONDS = 0.45e-3
+SHOWN_SHARE = 0.35
+"""of the links' time that arithmetic beside it does not hide, measured on two H200 as 0.60 and 0.35 in packed steps
+of 8 rows (20b and 120b), 0.25 in bf16, and 0.58 and 0.07 at one row"""
 BUCKET_BYTES = 25 * 2**20
 """of gradients that DistributedDataParallel averages at once (its `bucket_cap_mb`)"""
 GRADIENT_BYTES = 4
@@ -120,13 +129,15 @@ def predict(work: Work, layout: Layout, links: Links) -> Prediction:
     layers = passes * work.shape.num_hidden_layers
     copies = 0.0
     if layout.shards > 1:  # what a gather received is read once and written once, with this GPU's own share
-        copies = 2 * gathered * layout.shards / (layout.shards - 1) / work.memory_bytes_per_second
+        whole = gathered * layout.shards / (layout.shards - 1)
+        copies = layers * COPY_SECONDS + 2 * whole / (work.memory_bytes_per_second * COPY_SHARE)
     gathers = layers * all_gather_seconds(gathered / layers, layout, links)
     gradients = recipe.trainable_parameters * GRADIENT_BYTES
     average = all_reduce_seconds(gradients, layout, links)
     ends = gathers / layers + all_reduce_seconds(min(BUCKET_BYTES, gradients), layout, links)
     between = gathers + average
-    exposed = min(between, ends + max(0.0, between - ends - work.step_seconds))
+    beside = max(0.0, between - ends)
+    exposed = min(between, ends + max(SHOWN_SHARE * beside, beside - work.step_seconds))
     step = work.step_seconds + copies + exposed
     return Prediction(
         layout=layout,

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from cluster.config import ConfigError
+from cluster.memory import MARGIN as MARGIN
+from cluster.memory import MODES as MODES
 from cluster.memory import Recipe, TrainingMemory, size, training_memory
 from cluster.model import Checkpointing, ModelShape
 from training.config import TrainingConfig
-
-MARGIN = 0.06
-"""share of the arithmetic's sum that must be free beside it: the CUDA context, about half a GiB, what the allocator
-loses between blocks, and what the arithmetic leaves out"""
-
-MODES: tuple[Checkpointing, ...] = ("none", "experts", "full")
-"""from the fastest to the smallest"""
 
 
 def choose_checkpointing(

@@ -102,7 +102,7 @@ def test_flops_are_what_pytorch_counts() -> None:
     weights, attention = counted(model, torch.randint(0, 97, (2, length)))
     unmasked = 3 * 4 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim * length
     assert attention == 2 * length * unmasked
-    exact = shape.flops_per_token(rank, True, 0, length) - 3 * shape._score_flops(length)
+    exact = shape.flops_per_token(rank, True, 0, length) - 3 * shape.score_flops(length)
     assert weights == 2 * length * exact
 
 
@@ -113,7 +113,7 @@ def test_attention_sees_what_its_masks_leave() -> None:
         full = sum(query + 1 for query in range(length))
         sliding = sum(min(query + 1, SLIDING_WINDOW) for query in range(length))
         products = 4 * shape.num_attention_heads * shape.head_dim
-        assert shape._score_flops(length) * length == pytest.approx(products * 3 * (full + sliding))
+        assert shape.score_flops(length) * length == pytest.approx(products * 3 * (full + sliding))
 
 
 def test_flops_of_the_20b_are_a_little_over_four_for_each_active_parameter() -> None:

@@ -12,10 +12,13 @@ from cluster.hardware import PROFILES, profile_of
 from cluster.memory import Recipe, step_gather_bytes
 from cluster.model import GPT_OSS_20B, GPT_OSS_120B
 from cluster.scaling import (
+    COPY_SECONDS,
+    COPY_SHARE,
     HOST_HOP_SECONDS,
     LINK_SHARE,
     MOST_GPUS,
     NETWORK_HOP_SECONDS,
+    SHOWN_SHARE,
     Layout,
     Links,
     Prediction,
@@ -90,7 +93,7 @@ def test_efficiency_falls_with_the_number_of_gpus(strategy: str, links: Links, b
 
 def test_over_a_slow_network_full_sharding_falls_apart_and_hybrid_does_not() -> None:
     for gpus in (16, 128, MOST_GPUS):
-        assert of("hybrid", gpus).efficiency > 0.9 > 0.3 > of("sharded", gpus).efficiency
+        assert of("hybrid", gpus).efficiency > 0.85 > 0.3 > of("sharded", gpus).efficiency
         assert of("data_parallel", gpus).efficiency > of("hybrid", gpus).efficiency
 
 
@@ -105,18 +108,20 @@ def test_four_bits_gain_where_links_bind() -> None:
     bound = of("sharded", 16, base_precision="bf16").step_seconds / of("sharded", 16).step_seconds
     hidden = of("sharded", 8, base_precision="bf16").step_seconds / of("sharded", 8).step_seconds
     assert 3 < bound < 3.5
-    assert 1 < hidden < 1.1
+    assert 1 < hidden < 1.2
 
 
-def test_what_arithmetic_hides_costs_only_its_ends_and_copies() -> None:
-    """A layer's gather and a bucket, and the copies out of the gathers' buffers."""
+def test_what_arithmetic_hides_costs_its_ends_its_copies_and_a_share() -> None:
+    """A layer's gather and a bucket, the copies of the gathers' buffers, and what exchanges take from arithmetic."""
     found = of("sharded", 8)
     layers = 2 * GPT_OSS_20B.num_hidden_layers
     ends = found.gather_seconds / layers + all_reduce_seconds(25 * 2**20, Layout(8, HOST, 8), SLOW)
-    assert found.step_seconds == pytest.approx(0.62 + found.copy_seconds + ends)
+    between = found.gather_seconds + found.average_seconds
+    shown = ends + SHOWN_SHARE * (between - ends)
+    assert found.step_seconds == pytest.approx(0.62 + found.copy_seconds + shown)
     whole = found.gathered_bytes * 8 / 7
-    assert found.copy_seconds == pytest.approx(2 * whole / 3.35e12)
-    assert found.hidden == pytest.approx(1 - ends / (found.gather_seconds + found.average_seconds))
+    assert found.copy_seconds == pytest.approx(layers * COPY_SECONDS + 2 * whole / (COPY_SHARE * 3.35e12))
+    assert found.hidden == pytest.approx(1 - shown / between)
 
 
 def test_what_is_longer_than_the_arithmetic_bounds_the_step() -> None:

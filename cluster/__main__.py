@@ -1,0 +1,54 @@
+"""Command line of the cluster: `python -m cluster check | plan | submit`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from typing import NoReturn
+
+from cluster.config import ConfigError
+
+VERBS = {
+    "check": ("cluster.checking.command", "what each node of a running Ray cluster has, what is wrong, and the remedy"),
+    "plan": ("cluster.planning.command", "strategy, memory, speed and hours of a model and its data on some GPUs"),
+    "submit": ("cluster.submission.command", "run a command as a job of a Ray cluster, from this directory"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises a `ConfigError` where argparse would exit."""
+
+    def error(self, message: str) -> NoReturn:
+        """One sentence, and where more is told."""
+        raise ConfigError(f"{message}: --help lists the flags")
+
+
+def usage() -> str:
+    """What the verbs do."""
+    verbs = "\n".join(f"  {verb:<7} {what}" for verb, (_, what) in VERBS.items())
+    help_line = "`python -m cluster VERB --help` lists the flags of a verb."
+    return f"usage: python -m cluster VERB [flags]\n\n{verbs}\n\n{help_line}"
+
+
+def main(arguments: list[str]) -> int:
+    """Run one verb; returns the exit code: 0 done, 1 failed, 2 something that the user can mend."""
+    if not arguments or arguments[0] not in VERBS:
+        asked = arguments[:1] in (["-h"], ["--help"])
+        print(usage(), file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    verb = arguments[0]
+    module_name, what = VERBS[verb]
+    command = importlib.import_module(module_name)
+    parser = Parser(prog=f"python -m cluster {verb}", description=what[0].upper() + what[1:] + ".", allow_abbrev=False)
+    command.add_arguments(parser)
+    try:
+        code: int = command.run(parser.parse_args(arguments[1:]))
+        return code
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
