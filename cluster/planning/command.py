@@ -126,7 +126,7 @@ def _job(options: argparse.Namespace) -> Job:
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: --data takes a folder that `training data prepare` has filled") from None
     except (OSError, ValueError) as error:

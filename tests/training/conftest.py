@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,14 @@ class Whole:
 
     folder: Path
     output: str
+
+    def fork(self, storage: Path, step: int) -> None:
+        """Put the run into `storage` as it was when `step` was saved."""
+        shutil.copytree(self.folder, storage / "short", ignore=shutil.ignore_patterns("adapter"))
+        shutil.copytree(self.folder.parent / "prepared", storage / "prepared")
+        for folder in (storage / "short" / "checkpoints").iterdir():
+            if int(folder.name.removeprefix("step-")) > step:
+                shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +26,7 @@ STEPS = WHOLE["run__maximum_steps"]
 
 def test_a_damaged_checkpoint_is_passed_over(whole: Whole, ray_cluster: LocalRay, tmp_path: Path) -> None:
     """And the run, which was data-parallel, goes on sharded."""
-    fork(whole, tmp_path, step=18)
+    whole.fork(tmp_path, step=18)
     flip(tmp_path / "short" / "checkpoints" / "step-00000018" / "optimizer.safetensors")
     done = run_python(ray_cluster, *short_run(tmp_path, "short", workers__strategy="sharded", **WHOLE))
     assert done.code == 0, done.output
@@ -39,7 +38,7 @@ def test_a_damaged_checkpoint_is_passed_over(whole: Whole, ray_cluster: LocalRay
 
 @pytest.mark.parametrize("workers", [3, 1])
 def test_another_number_of_workers_goes_on(workers: int, whole: Whole, ray_cluster: LocalRay, tmp_path: Path) -> None:
-    fork(whole, tmp_path, step=12)
+    whole.fork(tmp_path, step=12)
     done = run_python(ray_cluster, *short_run(tmp_path, "short", workers__count=workers, **WHOLE))
     assert done.code == 0, done.output
     assert "resuming  from step 12\n" in done.output
@@ -109,7 +108,7 @@ def test_a_storage_that_may_not_be_written(ray_cluster: LocalRay, tmp_path: Path
 def test_a_checkpoint_of_another_model_or_other_targets(
     what: str, told: str, whole: Whole, ray_cluster: LocalRay, tmp_path: Path
 ) -> None:
-    fork(whole, tmp_path, step=3)
+    whole.fork(tmp_path, step=3)
     storage = Storage.at(str(tmp_path / "short"))
     snapshot = CheckpointStore(storage).read(3)
     if what == "identity":
@@ -122,15 +121,6 @@ def test_a_checkpoint_of_another_model_or_other_targets(
     error = done.output.splitlines()[-1]
     assert re.search(rf"^error: the checkpoint of step 3 {told}", error), done.output
     assert "give the run the settings that it had, or another run.name" in error
-
-
-def fork(whole: Whole, storage: Path, step: int) -> None:
-    """Put the run `whole` into `storage` as it was when `step` was saved."""
-    shutil.copytree(whole.folder, storage / "short", ignore=shutil.ignore_patterns("adapter"))
-    shutil.copytree(whole.folder.parent / "prepared", storage / "prepared")
-    for folder in (storage / "short" / "checkpoints").iterdir():
-        if int(folder.name.removeprefix("step-")) > step:
-            shutil.rmtree(folder)
 
 
 def flip(file: Path) -> None:

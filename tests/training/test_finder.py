@@ -34,7 +34,6 @@ from training.stopping import Preempted
 
 from .conftest import WHOLE, Whole
 from .running import largest_differences
-from .test_faults import fork
 
 GPU = {profile.name: profile.memory_bytes for profile in PROFILES}
 
@@ -198,7 +197,7 @@ def test_a_run_that_finds_its_micro_batch_learns_what_another_learns(
 ) -> None:
     """From a checkpoint of a run with two rows: the passes that are tried leave no trace, and where memory ran out
     before, with two rows, a step of twice one row is the same to rounding."""
-    fork(whole, tmp_path, step=18)
+    whole.fork(tmp_path, step=18)
     if most is not None:
         Limit(Storage.at(str(tmp_path / "short"))).lower(2 * most)
     settings = {**WHOLE, "batch__micro_batch_size": "auto", "batch__global_batch_size": 4}
