@@ -14,7 +14,7 @@ from ray.job_submission import JobSubmissionClient
 
 from cluster.config import ConfigError
 from cluster.memory import size
-from cluster.submission.job import INTERRUPTED, OnInterrupt, Patience, Wish, follow, interrupted
+from cluster.submission.job import INTERRUPTED, OnInterrupt, Patience, Wish, alone, follow, interrupted
 from cluster.submission.packing import package_of
 from cluster.tables import positive_number
 
@@ -109,7 +109,8 @@ def connect(address: str | None) -> JobSubmissionClient:
     if not re.match(r"https?://", address):
         raise ConfigError(f"--address {address}: the dashboard's address is needed, like http://HOST:8265")
     try:
-        client = JobSubmissionClient(address)
+        with alone(address):
+            client = JobSubmissionClient(address)
         client.get_version()
         return client
     except Exception as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TextIO
 
@@ -16,6 +18,7 @@ FAILED, STOPPED, PENDING, LOST, INTERRUPTED = 1, 143, 124, 69, 130
 """exit codes beside the driver's own: it failed without one; it was stopped, as by SIGTERM; it never began, as of
 `timeout`; the cluster is gone (`EX_UNAVAILABLE`); Ctrl-C"""
 POLL_SECONDS = 1.0
+API_SERVER = "RAY_API_SERVER_ADDRESS"
 ENDS = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
 
 OnInterrupt = Literal["ask", "stop", "leave"]
@@ -37,6 +40,20 @@ class Patience:
     """until a job that has not begun is stopped"""
     lost: float = 60.0
     """until a cluster that does not answer is given up"""
+
+
+@contextmanager
+def alone(address: str) -> Iterator[None]:
+    """Ray lets RAY_API_SERVER_ADDRESS and RAY_ADDRESS win over the address that it is given; here `address` wins."""
+    before = os.environ.get(API_SERVER)
+    os.environ[API_SERVER] = address
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[API_SERVER]
+        else:
+            os.environ[API_SERVER] = before
 
 
 def follow(client: JobSubmissionClient, job: str, wish: Wish, patience: Patience, output: TextIO) -> int:
@@ -100,7 +117,8 @@ def why_pending(client: JobSubmissionClient, wish: Wish) -> str:
     """What the driver asked for, against what the nodes have; one node must have all of it."""
     asked = {"CPU": wish.cpus or 0.0, "GPU": wish.gpus or 0.0}
     try:
-        nodes = [node for node in list_nodes(address=client.get_address(), detail=True) if node.state == "ALIVE"]
+        with alone(client.get_address()):
+            nodes = [node for node in list_nodes(address=client.get_address(), detail=True) if node.state == "ALIVE"]
     except Exception as error:
         return f"and the cluster does not say what it has ({_first(error)})"
     totals: list[dict[str, Any]] = [node.resources_total or {} for node in nodes]

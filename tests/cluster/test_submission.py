@@ -162,7 +162,7 @@ def job_of(started: Started) -> str:
 
 
 @pytest.mark.cluster
-def test_the_ends_of_jobs(ray_cluster: LocalRay, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ends_of_jobs(ray_cluster: LocalRay, folder: Path) -> None:
     """Success, a failing driver, one that waits for a GPU, one that is stopped, and Ctrl-C, all at once."""
     sleeping = "import time; print('begun', flush=True); time.sleep(600)"
     shown = "import os; print(sorted(os.listdir('data')), len(os.environ['HUSH'])); print('last', end='')"
@@ -173,10 +173,8 @@ def test_the_ends_of_jobs(ray_cluster: LocalRay, folder: Path, monkeypatch: pyte
                              ([], ["--on-interrupt", "ask"], ["--on-interrupt", "stop"]))  # fmt: skip
     started = [good, bad, pending, stopped, left, killed]
     try:
-        for name, value in ray_cluster.environment.items():
-            if name.startswith("RAY_"):
-                monkeypatch.setenv(name, value)
-        client = JobSubmissionClient(ray_cluster.dashboard)
+        token = ray_cluster.environment["RAY_AUTH_TOKEN"]
+        client = JobSubmissionClient(ray_cluster.dashboard, headers={"Authorization": f"Bearer {token}"})
         client.stop_job(job_of(stopped))
         jobs = {each: job_of(each) for each in (left, killed)}
         for each in jobs:
