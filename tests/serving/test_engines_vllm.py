@@ -7,15 +7,14 @@ import json
 import os
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from serving.engines.base import EngineError, Sampling, TokenLogprob
-from serving.engines.vllm import VllmEngine
 from tests.serving import vllm_double
 from tests.serving.engine_harness import batches, generate, until
 from tests.serving.tiny import tiny_config, tiny_tokenizer
+from tests.serving.vllm_double import inside, new_engine
 
 
 @pytest.fixture(autouse=True)
@@ -28,21 +27,6 @@ def double(monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text(json.dumps(tiny_config(tiny_tokenizer()).to_dict()))
     return tmp_path
-
-
-def new_engine(folder: Path) -> VllmEngine:
-    return VllmEngine(
-        folder,
-        "bf16",
-        maximum_concurrent=4,
-        maximum_batch_tokens=256,
-        maximum_cached_tokens=1000,
-        longest_sequence=200,
-    )
-
-
-def inside(engine: VllmEngine) -> Any:
-    return engine._engine
 
 
 def test_vllm_is_started_within_the_settings(folder: Path) -> None:

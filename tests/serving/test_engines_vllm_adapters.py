@@ -12,11 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 from cluster.model import ModelShape
 from serving.engines.base import CheckpointError, EngineError, Sampling
-from serving.engines.vllm import VllmEngine
 from tests.benchmarks.random_checkpoints import write_adapter
 from tests.serving import vllm_double
 from tests.serving.engine_harness import generate
 from tests.serving.tiny import tiny_config, tiny_tokenizer
+from tests.serving.vllm_double import inside, new_engine
 
 NAMES = ("first", "second", "third")
 LAYERS = "base_model.model.model.layers."
@@ -52,22 +52,6 @@ def change(adapter: Path, names: dict[str, str | None]) -> None:
         if new is not None:
             tensors[new] = tensor
     save_file(tensors, path)
-
-
-def new_engine(base: Path, adapters: dict[str, Path] | None = None) -> VllmEngine:
-    return VllmEngine(
-        base,
-        "bf16",
-        adapters or {},
-        maximum_concurrent=4,
-        maximum_batch_tokens=256,
-        maximum_cached_tokens=1000,
-        longest_sequence=200,
-    )
-
-
-def inside(engine: VllmEngine) -> Any:
-    return engine._engine
 
 
 def greedy(adapter: str | None = None) -> Sampling:

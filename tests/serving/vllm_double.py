@@ -14,10 +14,13 @@ from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypedDict
 
 import pytest
+
+from serving.engines.vllm import VllmEngine
 
 VOCABULARY = 50
 LIMIT = 64
@@ -267,3 +270,21 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str = "0.22.0") -> None:
         monkeypatch.setitem(sys.modules, name, module)
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "vllm" else real(name))
+
+
+def new_engine(folder: Path, adapters: dict[str, Path] | None = None) -> VllmEngine:
+    """A small engine over the double."""
+    return VllmEngine(
+        folder,
+        "bf16",
+        adapters or {},
+        maximum_concurrent=4,
+        maximum_batch_tokens=256,
+        maximum_cached_tokens=1000,
+        longest_sequence=200,
+    )
+
+
+def inside(engine: VllmEngine) -> Any:
+    """The double that an engine has started."""
+    return engine._engine
