@@ -185,4 +185,4 @@ def _grace_seconds(description: ClusterDescription, *, serving: bool) -> int:
     if not serving or description.serve is None:
         return description.grace_seconds
     draining = description.serve.settings().get("replicas", {}).get("graceful_shutdown_seconds", 600)
-    return max(description.grace_seconds, round(draining) + SERVE_MARGIN_SECONDS)
+    return max(description.grace_seconds, round(float(draining)) + SERVE_MARGIN_SECONDS)
