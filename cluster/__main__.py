@@ -1,4 +1,4 @@
-"""Command line of the cluster: `python -m cluster check | plan | submit`."""
+"""Command line of the cluster: `python -m cluster check | plan | submit | render`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ VERBS = {
     "check": ("cluster.checking.command", "what each node of a running Ray cluster has, what is wrong, and the remedy"),
     "plan": ("cluster.planning.command", "strategy, memory, speed and hours of a model and its data on some GPUs"),
     "submit": ("cluster.submission.command", "run a command as a job of a Ray cluster, from this directory"),
+    "render": (
+        "cluster.deploy.commands",
+        "write manifests, files of ray up and scripts from the description of a cluster",
+    ),
 }
+WHOLE = ("render",)
+"""verbs whose module has a `main` that takes the words, for each field of a configuration is a flag of theirs"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,9 +46,13 @@ def main(arguments: list[str]) -> int:
     verb = arguments[0]
     module_name, what = VERBS[verb]
     command = importlib.import_module(module_name)
-    parser = Parser(prog=f"python -m cluster {verb}", description=what[0].upper() + what[1:] + ".", allow_abbrev=False)
-    command.add_arguments(parser)
     try:
+        if verb in WHOLE:
+            return int(command.main(arguments[1:]))
+        parser = Parser(
+            prog=f"python -m cluster {verb}", description=what[0].upper() + what[1:] + ".", allow_abbrev=False
+        )
+        command.add_arguments(parser)
         code: int = command.run(parser.parse_args(arguments[1:]))
         return code
     except ConfigError as error:

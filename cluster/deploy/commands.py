@@ -1,0 +1,115 @@
+"""Command line of the manifests: `python -m cluster render`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from cluster.artifacts import publish_file
+from cluster.config import ConfigError, ConfigParser
+from cluster.deploy.description import ClusterDescription
+
+TARGETS = ("kuberay", "ray-up", "local")
+KINDS = ("cluster", "train", "tune", "serve")
+Kind = Literal["cluster", "train", "tune", "serve"]
+
+DESCRIPTION = """Writes what starts a cluster, all of it made from one description:
+
+  kuberay  RayCluster, RayJob for training and for tuning, RayService for an endpoint
+  ray-up   the file of Ray's cluster launcher, for AWS, GCP or hosts that are there
+  local    scripts that start a head and workers by hand
+
+  python -m cluster render --target kuberay --config cluster/deploy/configs/kubernetes.toml --out manifests"""
+
+_MADE = "# Made by python -m cluster render --target {target}; change the description, not this file.\n"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `render`; returns the exit status: 0 done, 2 something that the user can mend.
+
+    Raises:
+        ConfigError: the description, or what it lacks, cannot be rendered.
+    """
+    parser = ConfigParser(ClusterDescription, prog="python -m cluster render", description=DESCRIPTION)
+    parser.add_argument("--target", choices=TARGETS, required=True, help="what starts the cluster")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder for the files; those of before are replaced"
+    )
+    parser.add_argument("--kind", choices=KINDS, help="of KubeRay's resources, only this; by default all described")
+    description, flags = parser.load(ClusterDescription, arguments)
+    if flags.kind and flags.target != "kuberay":
+        raise ConfigError(f"--kind {flags.kind} goes with --target kuberay alone; leave it out")
+    _write(Path(flags.out), render(description, flags.target, flags.kind))
+    return 0
+
+
+def render(description: ClusterDescription, target: str, kind: Kind | None = None) -> dict[str, str]:
+    """The content of each file, by its name.
+
+    Args:
+        description: of the cluster.
+        target: kuberay, ray-up or local.
+        kind: of KubeRay's resources; None makes all that the description has.
+
+    Raises:
+        ConfigError: the description lacks what is needed.
+    """
+    if target == "kuberay":
+        from cluster.deploy.kuberay import ray_cluster, ray_job, ray_service
+
+        makers: dict[Kind, tuple[str, Callable[[], Mapping[str, Any]]]] = {
+            "cluster": ("raycluster.yaml", lambda: ray_cluster(description)),
+            "train": ("rayjob-train.yaml", lambda: ray_job(description, "train")),
+            "tune": ("rayjob-tune.yaml", lambda: ray_job(description, "tune")),
+            "serve": ("rayservice.yaml", lambda: ray_service(description)),
+        }
+        described = [each for each in makers if each == "cluster" or getattr(description, each) is not None]
+        chosen = [makers[each] for each in ([kind] if kind else described)]
+        return {name: to_yaml(make(), target) for name, make in chosen}
+    if target == "ray-up":
+        from cluster.deploy.ray_up import ray_up
+
+        return {"ray-up.yaml": to_yaml(ray_up(description), target)}
+    from cluster.deploy.local import head_script, worker_script
+
+    workers = {f"worker-{name}.sh": worker_script(description, group) for name, group in description.workers.items()}
+    return {"head.sh": head_script(description), **workers}
+
+
+def to_yaml(content: Mapping[str, Any], target: str) -> str:
+    """A file of YAML whose keys keep their order. A string of digits and dots is quoted."""
+    text: str = yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+    return _MADE.format(target=target) + text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes the same mapping out wherever it stands, and text of several lines as such."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else '"' if re.fullmatch(r"[\d.]+", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def _write(folder: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        path = folder / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with publish_file(path) as scratch:
+                scratch.write_text(text, encoding="utf-8")
+                scratch.chmod(0o755 if name.endswith(".sh") else 0o644)
+        except OSError as error:
+            raise ConfigError(f"--out {folder}: {path} cannot be written ({error.strerror})") from error
+        print(path, file=sys.stdout)
