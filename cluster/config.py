@@ -19,6 +19,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
+HIDDEN = "hidden"
+"""type of a `PydanticCustomError` whose value no message repeats, since it may be a secret"""
+
 
 class Config(BaseModel):
     """Base of every configuration section: frozen, and an unknown key is an error."""
@@ -135,7 +138,8 @@ def _explain(
         return f"{required} is required and neither a --config file nor the flag --{required} sets it"
     reason = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     value = error["input"]
-    shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | list) else ""
+    told = isinstance(value, str | int | float | bool | list) and error["type"] != HIDDEN
+    shown = f" (got {value!r})" if told else ""
     return f"{place}{dotted}: {reason}{shown}" if key else reason  # a rule about the whole names its settings itself
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
 
-from cluster.config import Config, ConfigError
+from cluster.config import HIDDEN, Config, ConfigError
 from cluster.hardware import PROFILES, GpuProfile
 from cluster.storage import is_uri, without_secrets
 
@@ -39,7 +40,9 @@ def _known_gpu(name: str) -> str:
 
 def _without_secrets(location: str) -> str:
     if without_secrets(location) != location:
-        raise ValueError("must hold neither user, password nor options: give those by name under [secrets]")
+        raise PydanticCustomError(
+            HIDDEN, "must hold neither user, password nor options: give those by name under [secrets]"
+        )
     if not is_uri(location) and not Path(location).is_absolute():
         raise ValueError("must be an absolute path that all nodes share, or the URI of a storage as s3://bucket/runs")
     return location
@@ -47,7 +50,15 @@ def _without_secrets(location: str) -> str:
 
 Name = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=40)]
 """a DNS label that leaves room for what KubeRay appends"""
-Reference = Annotated[str, Field(pattern=r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?/[-._A-Za-z0-9]+$")]
+
+
+def _reference(value: str) -> str:
+    if re.fullmatch(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?/[-._A-Za-z0-9]+", value) is None:
+        raise PydanticCustomError(HIDDEN, "names a Kubernetes Secret and a key in it, as SECRET/KEY, and is no value")
+    return value
+
+
+Reference = Annotated[str, AfterValidator(_reference)]
 """a Kubernetes Secret and a key in it, as SECRET/KEY"""
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Text = Annotated[str, Field(min_length=1)]

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from cluster.__main__ import main as cluster
 from cluster.config import ConfigError, ConfigParser, load_files
 from cluster.deploy.commands import main, render
 from cluster.deploy.description import HEALTH, ClusterDescription
@@ -241,7 +242,7 @@ def test_without_a_gateway_a_whole_cluster_takes_over(description: ClusterDescri
         ({"workers": {"x": {"minimum": 3, "maximum": 2}}}, "minimum must not exceed maximum"),
         ({"workers": {}}, "at least 1 item"),
         ({"environment": {"HF_TOKEN": "hf_abc"}}, r"HF_TOKEN looks like a secret, .* \[secrets\]"),
-        ({"secrets": {"HF_TOKEN": "hf_abc"}}, "should match pattern"),
+        ({"secrets": {"HF_TOKEN": "hf_abc"}}, "as SECRET/KEY, and is no value"),
         ({"storage": "s3://me:secret@bucket/runs"}, "neither user, password nor options"),
         ({"storage": "runs"}, "must be an absolute path"),
         ({"image": "raysoner"}, "should match pattern"),
@@ -252,6 +253,16 @@ def test_without_a_gateway_a_whole_cluster_takes_over(description: ClusterDescri
 def test_what_cannot_be_is_refused(description: ClusterDescription, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         changed(description, **settings)
+
+
+@pytest.mark.parametrize(
+    "words", [["--secrets", '{"HF_TOKEN": "hf_abc"}'], ["--storage", "s3://me:hf_abc@bucket/runs"]]
+)
+def test_a_secret_is_refused_and_not_repeated(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert cluster(["render", "--target", "kuberay", "--config", str(KUBERNETES), "--out", "unused", *words]) == 2
+    printed = "".join(capsys.readouterr())
+    assert "SECRET/KEY" in printed or "neither user, password" in printed
+    assert "hf_abc" not in printed
 
 
 def test_gpu_types_that_labels_do_not_tell_apart_are_refused(description: ClusterDescription) -> None:
