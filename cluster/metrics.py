@@ -91,6 +91,23 @@ SERVING_METRICS: Mapping[str, Metric] = {
 }
 """what an endpoint measures, by name without the prefix; Prometheus sees `ray_raysoner_serving_…`"""
 
+TUNING = "raysoner_tuning"
+"""prefix of a search's metrics; all carry the tags `model`, its name, and `gpu_type` beside their own"""
+
+_TRIAL_SECONDS = (5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0, 3600.0)
+
+TUNING_METRICS: Mapping[str, Metric] = {
+    "trials": Metric("counter", "trials ended, by outcome, since the search was last started", ("outcome",)),
+    "trial_seconds": Metric("histogram", "what a trial took in all, seconds", buckets=_TRIAL_SECONDS),
+    "running_trials": Metric("gauge", "trials that run now"),
+    "known_trials": Metric("gauge", "trials in the journal, those of searches before this one among them"),
+    "trial_budget": Metric("gauge", "trials after which the search is over"),
+    "space_points": Metric("gauge", "points that fit into memory by arithmetic"),
+    "best_tokens_per_second": Metric("gauge", "speed of the fastest point measured to its end; none before one is"),
+    "best_memory_gib": Metric("gauge", "peak memory of the fastest point on a worker, GiB"),
+}
+"""what a search measures on a GPU type, by name without the prefix"""
+
 
 class Gauges:
     """Gauges of one source, which keep their last value until `close`.

@@ -25,6 +25,7 @@ from tuning.config import SearchConfig, TuningConfig
 from tuning.cost import tokens_per_second
 from tuning.journal import Journal, Trial, short_hash
 from tuning.machines import CPU, Machine, find_machines, probe
+from tuning.metrics import SearchMetrics
 from tuning.model import base_identity, model_name, model_shape
 from tuning.result import Result, configured_or_none, make_result, seed_point
 from tuning.space import Space, make_space
@@ -78,7 +79,9 @@ def search(
         studies[machine.name] = make_study(machine, run, settings, shape, Journal(path, identity))
         _announce(studies[machine.name], machine, path)
     if any(study.over is None for study in studies.values()):
-        _run(studies, machines, run, settings, make_job(run, settings, data), folder / "tune", trial, grace_seconds)
+        job = make_job(run, settings, data)
+        with SearchMetrics(name, studies) as metrics:
+            _run(studies, machines, run, settings, job, folder / "tune", trial, grace_seconds, metrics)
     results = []
     for machine in machines:
         result = make_result(studies[machine.name], machine, run, shape, name, versions, command)
@@ -160,8 +163,13 @@ def _run(
     folder: Path,
     trial: Measure,
     grace_seconds: float,
+    metrics: SearchMetrics,
 ) -> None:
-    asking = Studies(studies, lambda name, done: print(progress(studies[name], done), flush=True))
+    def told(name: str, done: Trial) -> None:
+        print(progress(studies[name], done), flush=True)
+        metrics.told(name, done)
+
+    asking = Studies(studies, told)
     bundles = {machine.name: tune.PlacementGroupFactory([machine.bundle(run)]) for machine in machines}
     trainable = tune.with_resources(tune.with_parameters(trial, job=job), lambda config: bundles[config["gpu_type"]])
     slots = sum(machine.slots for machine in machines)
