@@ -25,7 +25,11 @@ class SearchMetrics:
     def __init__(self, model: str, studies: Mapping[str, Study], *, period: float = RESEND_SECONDS) -> None:
         self.recorders = {
             name: Recorder(
-                TUNING, TUNING_METRICS, {"model": model, "gpu_type": name}, gauges=partial(standing, study), period=period
+                TUNING,
+                TUNING_METRICS,
+                {"model": model, "gpu_type": name},
+                gauges=partial(standing, study),
+                period=period,
             )
             for name, study in studies.items()
         }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,19 +16,20 @@ from cluster.artifacts import publish_file
 from cluster.config import ConfigError, ConfigParser
 from cluster.deploy.description import ClusterDescription
 
-TARGETS = ("kuberay", "ray-up", "local")
+TARGETS = ("kuberay", "ray-up", "local", "monitoring")
 KINDS = ("cluster", "train", "tune", "serve")
 Kind = Literal["cluster", "train", "tune", "serve"]
 
 DESCRIPTION = """Writes what starts a cluster, all of it made from one description:
 
-  kuberay  RayCluster, RayJob for training and for tuning, RayService for an endpoint
-  ray-up   the file of Ray's cluster launcher, for AWS, GCP or hosts that are there
-  local    scripts that start a head and workers by hand
+  kuberay     RayCluster, RayJob for training and for tuning, RayService for an endpoint
+  ray-up      the file of Ray's cluster launcher, for AWS, GCP or hosts that are there
+  local       scripts that start a head and workers by hand
+  monitoring  dashboards for Grafana, prometheus.yml and alerts; needs no description
 
   python -m cluster render --target kuberay --config cluster/deploy/configs/kubernetes.toml --out manifests"""
 
-_MADE = "# Made by python -m cluster render --target {target}; change the description, not this file.\n"
+_MADE = "# Made by python -m cluster render --target {target}; change {source}, not this file.\n"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,6 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: the description, or what it lacks, cannot be rendered.
     """
+    if _asks_for_monitoring(arguments):
+        return _monitoring(arguments)
     parser = ConfigParser(ClusterDescription, prog="python -m cluster render", description=DESCRIPTION)
     parser.add_argument("--target", choices=TARGETS, required=True, help="what starts the cluster")
     parser.add_argument(
@@ -81,10 +86,39 @@ def render(description: ClusterDescription, target: str, kind: Kind | None = Non
     return {"head.sh": head_script(description), **workers}
 
 
-def to_yaml(content: Mapping[str, Any], target: str) -> str:
-    """A file of YAML whose keys keep their order. A string of digits and dots is quoted."""
+def _asks_for_monitoring(arguments: Sequence[str]) -> bool:
+    return "--target=monitoring" in arguments or ("--target", "monitoring") in pairwise(arguments)
+
+
+def _monitoring(arguments: Sequence[str]) -> int:
+    """Render what watches a cluster, which is the same for all of them."""
+    from cluster.monitoring.files import dashboard_files, yaml_files
+
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster render --target monitoring",
+        description="Writes dashboards for Grafana, prometheus.yml and alerts.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--target", required=True, choices=("monitoring",), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder for the files; those of before are replaced"
+    )
+    parser.add_argument("--temp-dir", default="/tmp/ray", metavar="DIR", help="of the head, as ray start has it")
+    parser.add_argument("--namespace", default="raysoner", metavar="NAME", help="of the cluster on Kubernetes")
+    flags = parser.parse_args(arguments)
+    if not flags.temp_dir.startswith("/"):
+        raise ConfigError(f"--temp-dir {flags.temp_dir} is relative; Prometheus needs the whole path")
+    made = {
+        name: to_yaml(content, flags.target, "cluster/monitoring") for name, content in yaml_files(flags.temp_dir, flags.namespace).items()
+    }
+    _write(Path(flags.out), {**dashboard_files(), **made})
+    return 0
+
+
+def to_yaml(content: Mapping[str, Any], target: str, source: str = "the description") -> str:
+    """A file of YAML made from `source`, whose keys keep their order. A string of digits and dots is quoted."""
     text: str = yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
-    return _MADE.format(target=target) + text
+    return _MADE.format(target=target, source=source) + text
 
 
 class _Dumper(yaml.SafeDumper):

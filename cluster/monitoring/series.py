@@ -110,7 +110,5 @@ TUNING_SERIES: Mapping[str, Series] = _series(f"{TUNING}_", TUNING_METRICS, ("mo
 SERVING_SERIES: Mapping[str, Series] = _series(f"{SERVING}_", SERVING_METRICS, ("application", "replica"))
 RAY_SERIES: Mapping[str, Series] = _series("", RAY_METRICS, ())
 ALL_SERIES: tuple[Series, ...] = tuple(
-    series
-    for family in (TRAINING_SERIES, TUNING_SERIES, SERVING_SERIES, RAY_SERIES)
-    for series in family.values()
+    series for family in (TRAINING_SERIES, TUNING_SERIES, SERVING_SERIES, RAY_SERIES) for series in family.values()
 )

@@ -1,0 +1,64 @@
+"""Prometheus' configuration: what it scrapes, on hosts and on Kubernetes."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any
+
+DISCOVERY = "prom_metrics_service_discovery.json"
+"""file in the head's temporary folder that Ray keeps up to date with the nodes' metrics ports"""
+JOB = "ray"
+RULES_FILE = "raysoner.rules.yml"
+SCRAPE_SECONDS = 10
+"""gauges last 20 s after they were last set, so a longer interval would miss some"""
+
+
+def prometheus_config(temp_dir: str, scrape_seconds: int = SCRAPE_SECONDS) -> dict[str, Any]:
+    """`prometheus.yml` for a Prometheus on the head node.
+
+    Args:
+        temp_dir: of the head, as `ray start --temp-dir` had it; Ray's default is /tmp/ray.
+        scrape_seconds: between two scrapes, and between two looks at the alerts.
+    """
+    every = f"{scrape_seconds}s"
+    return {
+        "global": {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every},
+        "rule_files": [RULES_FILE],
+        "scrape_configs": [
+            {
+                "job_name": JOB,
+                "file_sd_configs": [{"files": [str(PurePosixPath(temp_dir) / DISCOVERY)], "refresh_interval": every}],
+                "relabel_configs": [{"target_label": "job", "replacement": JOB}],
+            }
+        ],
+    }
+
+
+def pod_monitor(namespace: str) -> dict[str, Any]:
+    """The Prometheus Operator's PodMonitor of all pods that KubeRay made in a namespace, heads and workers."""
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PodMonitor",
+        "metadata": {"name": "raysoner", "namespace": namespace, "labels": {"release": "prometheus"}},
+        "spec": {
+            "namespaceSelector": {"matchNames": [namespace]},
+            "selector": {"matchLabels": {"ray.io/is-ray-node": "yes"}},
+            "podMetricsEndpoints": [
+                {
+                    "port": "metrics",
+                    "interval": f"{SCRAPE_SECONDS}s",
+                    "relabelings": [{"targetLabel": "job", "replacement": JOB}],
+                }
+            ],
+        },
+    }
+
+
+def prometheus_rule(namespace: str, rules: dict[str, Any]) -> dict[str, Any]:
+    """The alerts as the Prometheus Operator's PrometheusRule."""
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "raysoner", "namespace": namespace, "labels": {"release": "prometheus"}},
+        "spec": rules,
+    }
