@@ -109,7 +109,8 @@ def _monitoring(arguments: Sequence[str]) -> int:
     if not flags.temp_dir.startswith("/"):
         raise ConfigError(f"--temp-dir {flags.temp_dir} is relative; Prometheus needs the whole path")
     made = {
-        name: to_yaml(content, flags.target, "cluster/monitoring") for name, content in yaml_files(flags.temp_dir, flags.namespace).items()
+        name: to_yaml(content, flags.target, "cluster/monitoring")
+        for name, content in yaml_files(flags.temp_dir, flags.namespace).items()
     }
     _write(Path(flags.out), {**dashboard_files(), **made})
     return 0

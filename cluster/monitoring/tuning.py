@@ -33,7 +33,7 @@ def tuning_dashboard() -> Dashboard:
     return Dashboard(
         UID,
         "Raysoner tuning",
-        "Searches of python -m tuning run, one on each GPU type.",
+        "Searches of python -m tuning search, one on each GPU type.",
         (
             Variable("model", "Model", TUNING["known_trials"], "model"),
             Variable("gpu_type", "GPU type", TUNING["known_trials"], "gpu_type"),
