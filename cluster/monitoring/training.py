@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from cluster.monitoring.nodes import NODE, node_row
 from cluster.monitoring.panels import AMBER, GREEN, RED, Dashboard, Panel, Query, Row, Variable
 from cluster.monitoring.series import TRAINING_SERIES as TRAINING
@@ -21,8 +23,8 @@ def _of_run(name: str) -> str:
     return f"max by (run) ({TRAINING[name].gauge(*_RUN)})"
 
 
-def _line(title: str, name: str, unit: str, description: str, **more: object) -> Panel:
-    return Panel(title, description, (Query(_of_run(name), "{{run}}"),), unit=unit, **more)  # type: ignore[arg-type]
+def _line(title: str, name: str, unit: str, description: str, **more: Any) -> Panel:
+    return Panel(title, description, (Query(_of_run(name), "{{run}}"),), unit=unit, **more)
 
 
 def training_dashboard() -> Dashboard:
@@ -47,14 +49,14 @@ def _health() -> tuple[Panel, ...]:
     stepping = f"group by (run) ({TRAINING['step'].gauge(*_RUN)})"
     loss = f"group by (run) ({TRAINING['loss'].gauge(*_RUN)})"
     wait = f"max by (run) ({TRAINING['data_wait'].gauge(*_RUN)})"
-    small = {"kind": "stat", "width": 6, "height": 5}
+    small: dict[str, Any] = {"kind": "stat", "width": 6, "height": 5}
     return (
         Panel(
             "Lines of the log in 10 minutes",
             "How often the step moved on. 0 once a run is older than that: it hangs, or a step takes longer.",
             (Query(changes, "{{run}}"),),
             thresholds=((None, RED), (1, GREEN)),
-            **small,  # type: ignore[arg-type]
+            **small,
         ),
         Panel(
             "Loss is finite",
@@ -62,14 +64,14 @@ def _health() -> tuple[Panel, ...]:
             (Query(f"({stepping} and {loss}) or 0 * {stepping}", "{{run}}"),),
             thresholds=((None, RED), (1, GREEN)),
             mappings=(("0", "no", RED), ("1", "yes", GREEN)),
-            **small,  # type: ignore[arg-type]
+            **small,
         ),
         Panel(
             "Steps left out",
             "Because loss or gradient was not finite, since the worker started.",
             (Query(_of_run("skipped_steps"), "{{run}}"),),
             thresholds=((None, GREEN), (1, AMBER), (10, RED)),
-            **small,  # type: ignore[arg-type]
+            **small,
         ),
         Panel(
             "Waits for data",
