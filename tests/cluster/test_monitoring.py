@@ -282,7 +282,8 @@ class Sender:
         self.recorders = [
             Recorder(prefix, metrics, tags, gauges=lambda metrics=metrics: self.gauges(metrics), period=0.5)
             for prefix, metrics, tags in (
-                (TUNING, TUNING_METRICS, {"model": "tiny", "gpu_type": "cpu"}),
+                (TUNING, TUNING_METRICS, {"model": "tiny", "gpu_type": "H100"}),
+                (TUNING, TUNING_METRICS, {"model": "tiny", "gpu_type": "A100"}),
                 (SERVING, SERVING_METRICS, {"application": "chat", "replica": "chat#1"}),
             )
         ]
@@ -294,7 +295,7 @@ class Sender:
     def send(self):
         self.sent += 1
         self.training.set({name: float(self.sent) for name in TRAINING_METRICS})
-        for recorder, metrics in zip(self.recorders, (TUNING_METRICS, SERVING_METRICS)):
+        for recorder, metrics in zip(self.recorders, (TUNING_METRICS, TUNING_METRICS, SERVING_METRICS)):
             for name, metric in metrics.items():
                 tags = {tag: "200" if tag == "status" else "x" for tag in metric.tags}
                 if metric.kind == "counter":
@@ -363,6 +364,8 @@ def test_every_panel_shows_something(ray_cluster: LocalRay, tmp_path: Path) -> N
                 time.sleep(2)
                 assert sender.poll() is None, (tmp_path / "send.log").read_text()
                 empty = [each for each in empty if not any(map(math.isfinite, answer(url, each[1].expression)))]
+            best = TUNING_SERIES["best_tokens_per_second"].gauge()
+            assert answer(url, f"count by (gpu_type) ({best})") == [1.0, 1.0]
         said = (tmp_path / "send.log").read_text()[-2000:] + (tmp_path / "prometheus.log").read_text()[-2000:]
         assert [f"{place}: {query.expression}" for place, query in empty] == [], said
     finally:
