@@ -15,7 +15,7 @@ VERBS = {
     "submit": ("cluster.submission.command", "run a command as a job of a Ray cluster, from this directory"),
     "render": (
         "cluster.deploy.commands",
-        "write manifests, files of ray up and scripts from the description of a cluster",
+        "write manifests, files of ray up and scripts from the description of a cluster; dashboards and alerts",
     ),
 }
 WHOLE = ("render",)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from types import TracebackType
+from typing import Any
 
 from cluster.hardware import GIB
 from cluster.metrics import RESEND_SECONDS, TUNING, TUNING_METRICS, Recorder
@@ -43,6 +44,11 @@ class SearchMetrics:
         """Send what is left; the gauges vanish within 20 s."""
         for recorder in self.recorders.values():
             recorder.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without recorders, which hold threads: Ray Tune keeps a copy of its searcher with all that belongs to it, for
+        a restore that is never made, since a search goes on from its journals."""
+        return {"recorders": {}}
 
     def __enter__(self) -> SearchMetrics:
         return self

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from ray import cloudpickle
+
 from cluster.hardware import GIB
 from cluster.metrics import TUNING_METRICS
 from tests.tuning.test_study import measured, study
@@ -44,3 +46,8 @@ def test_trials_are_counted_by_type_and_outcome(tmp_path: Path) -> None:
     assert (h100.total("trials"), h100.total("trials", outcome="hung"), a100.total("trials")) == (2, 1, 1)
     assert h100.total("trial_seconds") == 2
     assert h100.gauges()["running_trials"] == 1
+
+
+def test_ray_tune_can_keep_a_copy(tmp_path: Path) -> None:
+    with SearchMetrics("tiny", {"H100": study(tmp_path / "j.jsonl")}) as metrics:
+        assert cloudpickle.loads(cloudpickle.dumps(metrics)).recorders == {}
