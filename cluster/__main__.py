@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from functools import partial
 from typing import NoReturn
 
 from cluster.config import ConfigError
+from cluster.verbs import run_verb
 
 VERBS = {
     "check": ("cluster.checking.command", "what each node of a running Ray cluster has, what is wrong, and the remedy"),
@@ -39,25 +41,17 @@ def usage() -> str:
 
 def main(arguments: list[str]) -> int:
     """Run one verb; returns the exit code: 0 done, 1 failed, 2 something that the user can mend."""
-    if not arguments or arguments[0] not in VERBS:
-        asked = arguments[:1] in (["-h"], ["--help"])
-        print(usage(), file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
-    verb = arguments[0]
+    return run_verb(arguments, {verb: partial(_run, verb) for verb in VERBS}, usage(), (ConfigError,))
+
+
+def _run(verb: str, words: list[str]) -> int:
     module_name, what = VERBS[verb]
     command = importlib.import_module(module_name)
-    try:
-        if verb in WHOLE:
-            return int(command.main(arguments[1:]))
-        parser = Parser(
-            prog=f"python -m cluster {verb}", description=what[0].upper() + what[1:] + ".", allow_abbrev=False
-        )
-        command.add_arguments(parser)
-        code: int = command.run(parser.parse_args(arguments[1:]))
-        return code
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if verb in WHOLE:
+        return int(command.main(words))
+    parser = Parser(prog=f"python -m cluster {verb}", description=what[0].upper() + what[1:] + ".", allow_abbrev=False)
+    command.add_arguments(parser)
+    return int(command.run(parser.parse_args(words)))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ capacity.
 from __future__ import annotations
 
 import re
+import subprocess
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -77,3 +78,17 @@ def profile_of(device_name: str) -> GpuProfile | None:
     name = re.sub(r"^NVIDIA\s+", "", device_name.strip(), flags=re.IGNORECASE).casefold()
     known = {own.casefold(): profile for profile in PROFILES for own in profile.device_names}
     return known.get(name)
+
+
+def ask_driver(*fields: str) -> list[tuple[str, ...]]:
+    """What `nvidia-smi` says of each GPU of this machine, numbers without units; nothing where there is no driver.
+
+    Args:
+        fields: of its `--query-gpu`.
+    """
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [tuple(cell.strip() for cell in line.rsplit(",", len(fields) - 1)) for line in said.splitlines()]

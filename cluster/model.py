@@ -193,3 +193,5 @@ GPT_OSS_20B = ModelShape(
 
 GPT_OSS_120B = replace(GPT_OSS_20B, num_hidden_layers=36, num_local_experts=128)
 """openai/gpt-oss-120b: 116.8 B parameters, 5.1 B active"""
+KNOWN_SHAPES = {"gpt-oss-20b": GPT_OSS_20B, "gpt-oss-120b": GPT_OSS_120B}
+"""by the last part of the hub's id"""

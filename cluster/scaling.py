@@ -97,6 +97,11 @@ class Layout:
             raise ValueError(f"{self.shards} GPUs that share a base must divide the number of GPUs, {self.gpus}")
 
     @property
+    def hosts(self) -> int:
+        """Over which the GPUs are spread."""
+        return _hosts(self.gpus, self.gpus_per_host)
+
+    @property
     def strategy(self) -> Strategy:
         """The name of `workers.strategy`."""
         if self.shards == 1:
@@ -156,10 +161,14 @@ def layouts(gpus_per_host: int, most: int = MOST_GPUS) -> Iterator[Layout]:
     """All strategies on 2, 4, 8 … GPUs, up to `most`; hybrid where there are several hosts of several GPUs."""
     gpus = 2
     while gpus <= most:
-        shared = {1, gpus} | ({gpus_per_host} if 1 < gpus_per_host < gpus and gpus % gpus_per_host == 0 else set())
-        for shards in sorted(shared):
-            yield Layout(gpus, gpus_per_host, shards)
+        yield from layouts_of(gpus, gpus_per_host)
         gpus *= 2
+
+
+def layouts_of(gpus: int, gpus_per_host: int) -> list[Layout]:
+    """All strategies on so many GPUs, from a whole base on each to one that all share."""
+    hybrid = {gpus_per_host} if 1 < gpus_per_host < gpus and gpus % gpus_per_host == 0 else set()
+    return [Layout(gpus, gpus_per_host, shards) for shards in sorted({1, gpus} | hybrid)]
 
 
 def seconds_of_flops(flops_per_token: float, tokens: int, flops_per_second: float, share: float) -> float:
@@ -188,7 +197,7 @@ def all_reduce_seconds(reduced_bytes: float, layout: Layout, links: Links) -> fl
 
     The hops are those of a tree over hosts, up and down, which NCCL takes where a ring would be long.
     """
-    hosts = _hosts(layout.gpus, layout.gpus_per_host)
+    hosts = layout.hosts
     if layout.gpus == 1:
         return 0.0
     inside = min(layout.gpus, layout.gpus_per_host)

@@ -7,6 +7,7 @@ import sys
 
 from cluster.artifacts import ArtifactError
 from cluster.config import ConfigError, ConfigParser
+from cluster.verbs import run_verb
 from training.config import TrainingConfig
 from training.data.conversations import DataError
 
@@ -24,14 +25,7 @@ USAGE = """usage: python -m training VERB [flags]
 def main(arguments: list[str]) -> int:
     """Run one verb; returns the exit code: 0 done, 1 failed, 2 something that the user can mend."""
     verbs = {"run": _run, "merge": _merge, "verify": _verify, "push": _push, "data": _data}
-    if not arguments or arguments[0] not in verbs:
-        print(USAGE, file=sys.stdout if arguments[:1] in (["-h"], ["--help"]) else sys.stderr)
-        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    try:
-        return verbs[arguments[0]](arguments[1:])
-    except (ConfigError, DataError, ArtifactError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_verb(arguments, verbs, USAGE, (ConfigError, DataError, ArtifactError))
 
 
 def _run(arguments: list[str]) -> int:

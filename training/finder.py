@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.config import ConfigError
+from cluster.memory import MODES
 from cluster.model import Checkpointing, ModelShape
 from cluster.storage import Storage
 from training.agreement import of_all_ranks
@@ -25,7 +26,7 @@ from training.arguments import row_multiple
 from training.config import TrainingConfig
 from training.durable import DurableTrainer
 from training.keeping import Keeper
-from training.memory import MODES, needed_bytes
+from training.memory import needed_bytes
 from training.stopping import Preempted
 from training.together import together
 

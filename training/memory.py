@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from cluster.config import ConfigError
-from cluster.memory import MARGIN as MARGIN
-from cluster.memory import MODES as MODES
-from cluster.memory import Recipe, TrainingMemory, size, training_memory
+from cluster.memory import MARGIN, MODES, Recipe, TrainingMemory, size, training_memory
 from cluster.model import Checkpointing, ModelShape
 from training.config import TrainingConfig
 

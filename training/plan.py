@@ -10,7 +10,7 @@ from pathlib import Path
 from cluster.artifacts import ArtifactError, check_checkpoint
 from cluster.config import ConfigError
 from cluster.harmony import Codec
-from cluster.memory import size, step_gather_bytes
+from cluster.memory import MARGIN, MODES, size, step_gather_bytes
 from cluster.model import Checkpointing, ModelShape
 from cluster.storage import without_secrets
 from training.config import TrainingConfig
@@ -18,7 +18,7 @@ from training.data.documents import Counts, require_documents, require_trained_t
 from training.data.names import is_hub_id
 from training.data.prepare import PART_BYTES, packed_rows
 from training.data.sources import parts
-from training.memory import MARGIN, MODES, memory_of, needed_bytes, recipe_of, trainable_parameters
+from training.memory import memory_of, needed_bytes, recipe_of, trainable_parameters
 from training.strategy import describe
 
 OPTIONAL_TRACKERS = ("trackio", "wandb", "mlflow")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,14 +16,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from cluster.config import ConfigError
-from cluster.hardware import PROFILES, GpuProfile, profile_of
+from cluster.hardware import PROFILES, GpuProfile, ask_driver, profile_of
 from cluster.model import ModelShape
 from training.config import TrainingConfig
 
 FOLDER = Path(__file__).resolve().parents[1] / "tuning" / "profiles"
 PROFILE_FORMAT = 1
 """of profiles; one of another format is for another version of the engine"""
-QUERY = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
 
 
 class Conditions(BaseModel):
@@ -74,22 +72,21 @@ def choose_profile(config: TrainingConfig, wanted: str, gpus: Sequence[GpuProfil
         path = Path(wanted)
         if not path.is_file():
             raise ConfigError(f"--profile {wanted}: there is no such file; give a path, auto or none")
-        stale = _other_version(path)
+        stale = _other_version(path, _about(path))
         return Taken(None, stale) if stale else Taken(path, f"{path}, as --profile says")
     if not config.workers.gpus:
         return Taken(None, "none: workers.gpus = 0, and profiles are for GPUs")
     if not gpus:
         return Taken(None, "none: the GPU is of no type that is known; python -m tuning search measures it")
-    paths = [(gpu, path) for gpu in gpus for path in _of_gpu(folder, gpu, config)]
-    for gpu, path in paths:
-        problem = _other_version(path) or _other_conditions(path, config)
-        return (
-            Taken(None, problem)
-            if problem
-            else Taken(path, f"{path.name}: {_kind(path)} for {gpu.name} and this model")
-        )
-    names = " or ".join(gpu.name for gpu in gpus)
-    return Taken(None, f"none: {folder} has none for {names} and this model; python -m tuning search makes one")
+    found = next(((gpu, *profile) for gpu in gpus for profile in _of_gpu(folder, gpu, config)), None)
+    if found is None:
+        names = " or ".join(gpu.name for gpu in gpus)
+        return Taken(None, f"none: {folder} has none for {names} and this model; python -m tuning search makes one")
+    gpu, path, about = found
+    if problem := _other_version(path, about) or _other_conditions(path, about, config):
+        return Taken(None, problem)
+    kind = "measured" if about.get("kind") == "measured" else "predicted, never measured,"
+    return Taken(path, f"{path.name}: {kind} for {gpu.name} and this model")
 
 
 def detected_gpus() -> list[GpuProfile]:
@@ -108,17 +105,14 @@ def detected_gpus() -> list[GpuProfile]:
         types = {node.accelerator_type for node in gpu_nodes(ray.nodes())}
         own = [profile for profile in PROFILES if types == {profile.accelerator_type}]
         return sorted(own, key=lambda profile: profile.memory_bytes)
-    try:
-        said = subprocess.run(QUERY, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return []
-    found = {profile_of(name) for name in said}
+    found = {profile_of(name) for (name,) in ask_driver("name")}
     only = found.pop() if len(found) == 1 else None
     return [only] if only else []
 
 
-def _of_gpu(folder: Path, gpu: GpuProfile, config: TrainingConfig) -> list[Path]:
-    """Profiles for the GPU whose model is the run's: by its shape where the checkpoint is here, else by its name."""
+def _of_gpu(folder: Path, gpu: GpuProfile, config: TrainingConfig) -> list[tuple[Path, dict[str, Any]]]:
+    """Profiles for the GPU whose model is the run's, each with what it says of itself: by the model's shape where the
+    checkpoint is here, else by its name."""
     path = Path(config.model.path)
     shape: dict[str, Any] | None = None
     if path.is_dir():
@@ -133,7 +127,7 @@ def _of_gpu(folder: Path, gpu: GpuProfile, config: TrainingConfig) -> list[Path]
             continue
         same = _weights_of(about.get("shape", {})) == shape if shape else about["model"] == path.name
         if same:
-            found.append(file)
+            found.append((file, about))
     return found
 
 
@@ -151,8 +145,7 @@ def _about(profile: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _other_version(profile: Path) -> str | None:
-    about = _about(profile)
+def _other_version(profile: Path, about: dict[str, Any]) -> str | None:
     if about and about.get("format") != PROFILE_FORMAT:
         return (
             f"none: {profile} is of format {about.get('format')} and this version's is {PROFILE_FORMAT}; "
@@ -161,13 +154,9 @@ def _other_version(profile: Path) -> str | None:
     return None
 
 
-def _other_conditions(profile: Path, config: TrainingConfig) -> str | None:
-    own, theirs = Conditions.of(config).model_dump(), _about(profile).get("conditions", {})
+def _other_conditions(profile: Path, about: dict[str, Any], config: TrainingConfig) -> str | None:
+    own, theirs = Conditions.of(config).model_dump(), about.get("conditions", {})
     differing = [
         f"{name} = {theirs.get(name)}, not {value}" for name, value in own.items() if theirs.get(name) != value
     ]
     return f"none: {profile.name} is for {', '.join(differing)}" if differing else None
-
-
-def _kind(profile: Path) -> str:
-    return "measured" if _about(profile).get("kind") == "measured" else "predicted, never measured,"

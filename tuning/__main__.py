@@ -11,6 +11,7 @@ from types import FrameType
 
 from cluster.artifacts import ArtifactError
 from cluster.config import ConfigError, ConfigParser
+from cluster.verbs import run_verb
 from training.data.conversations import DataError
 from tuning.config import SearchConfig
 
@@ -42,14 +43,7 @@ PREDICT = """Write profiles by arithmetic, for GPUs that are not at hand, where 
 def main(arguments: list[str]) -> int:
     """Run one verb; returns the exit code: 0 done, 1 failed, 2 something that the user can mend, 130 interrupted."""
     verbs = {"search": _search, "report": _report, "predict": _predict}
-    if not arguments or arguments[0] not in verbs:
-        print(USAGE, file=sys.stdout if arguments[:1] in (["-h"], ["--help"]) else sys.stderr)
-        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    try:
-        return verbs[arguments[0]](arguments[1:])
-    except (ConfigError, DataError, ArtifactError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_verb(arguments, verbs, USAGE, (ConfigError, DataError, ArtifactError))
 
 
 def _search(arguments: list[str]) -> int:

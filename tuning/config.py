@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from cluster.config import Config
+from cluster.memory import MARGIN, MODES
 from cluster.model import Checkpointing
 from training.config import TrainingConfig
-from training.memory import MARGIN, MODES
 
 
 def _unwrap_word(value: object) -> object:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import ray
 
 from cluster.config import ConfigError
-from cluster.hardware import GIB, PROFILES, GpuProfile, profile_of
+from cluster.hardware import GIB, PROFILES, GpuProfile, ask_driver, profile_of
 from cluster.placement import TYPE_PREFIX, GpuNode, describe_nodes, gpu_nodes
 from training.config import TrainingConfig
 
@@ -19,7 +18,6 @@ CPU = "CPU"
 SHARE = 0.001
 """of a node's accelerator_type resource that a trial takes, as Ray's own `accelerator_type` option does"""
 PROBE_SECONDS = 120.0
-QUERY = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits")
 
 
 @dataclass(frozen=True)
@@ -140,11 +138,9 @@ def _informed(machine: Machine, said: tuple[str, str, int] | None) -> Machine:
 
 def _ask_driver() -> tuple[str, str, int] | None:
     """Name, driver and MiB of this task's GPU."""
-    try:
-        said = subprocess.run(QUERY, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
+    said = ask_driver("name", "driver_version", "memory.total")
+    if not said:
         return None
     numbers = [int(number) for number in ray.get_gpu_ids() if str(number).isdigit()]
-    line = said[numbers[0] if numbers and numbers[0] < len(said) else 0]
-    name, driver, memory = (part.strip() for part in line.split(","))
+    name, driver, memory = said[numbers[0] if numbers and numbers[0] < len(said) else 0]
     return name, driver, int(memory)

@@ -7,9 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from cluster.config import ConfigError
-from cluster.model import GPT_OSS_20B, GPT_OSS_120B, ModelShape
-
-KNOWN = {"gpt-oss-20b": GPT_OSS_20B, "gpt-oss-120b": GPT_OSS_120B}
+from cluster.model import KNOWN_SHAPES, ModelShape
 
 
 def model_shape(path: str) -> ModelShape:
@@ -24,19 +22,19 @@ def model_shape(path: str) -> ModelShape:
         except ValueError as error:
             raise ConfigError(f"model.path: {error}") from None
     name = path.rpartition("/")[2]
-    if name not in KNOWN:
+    if name not in KNOWN_SHAPES:
         raise ConfigError(
             f"model.path = {path} is not on this machine, and its shape is not known: give a checkpoint folder, or "
-            f"the hub id of {' or '.join(KNOWN)}"
+            f"the hub id of {' or '.join(KNOWN_SHAPES)}"
         )
-    return KNOWN[name]
+    return KNOWN_SHAPES[name]
 
 
 def model_name(path: str) -> str:
     """The name under which a profile of the model is kept: of its shape where that is known, else of its folder."""
     if Path(path).is_dir():
         shape = model_shape(path)
-        known = [name for name, other in KNOWN.items() if replace(other, packed=shape.packed) == shape]
+        known = [name for name, other in KNOWN_SHAPES.items() if replace(other, packed=shape.packed) == shape]
         return known[0] if known else _folder_name(Path(path))
     return path.rpartition("/")[2]
 

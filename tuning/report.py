@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -115,7 +114,3 @@ def _files(given: Sequence[Path]) -> list[Path]:
             "tuning/profiles"
         )
     return files
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import ray
 from ray import tune
 
 from cluster.config import ConfigError
+from cluster.environment import environment
 from cluster.hardware import GIB
 from cluster.memory import size
 from cluster.model import ModelShape
@@ -173,7 +172,7 @@ def _run(
     bundles = {machine.name: tune.PlacementGroupFactory([machine.bundle(run)]) for machine in machines}
     trainable = tune.with_resources(tune.with_parameters(trial, job=job), lambda config: bundles[config["gpu_type"]])
     slots = sum(machine.slots for machine in machines)
-    with _environment(TUNE_MAX_PENDING_TRIALS_PG=str(slots), TUNE_DISABLE_SIGINT_HANDLER="1"):
+    with environment(TUNE_MAX_PENDING_TRIALS_PG=str(slots), TUNE_DISABLE_SIGINT_HANDLER="1"):
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
@@ -192,18 +191,6 @@ def _run(
 
 def _types_there() -> set[str]:
     return {CPU, *(node.accelerator_type or "" for node in gpu_nodes(ray.nodes()))}
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Ray Tune reads some of its settings from the environment alone."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _announce(study: Study, machine: Machine, path: Path) -> None:

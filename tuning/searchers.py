@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from training.memory import MODES
+from cluster.memory import MODES
 from tuning.space import DIMENSIONS, Point, at_least_as_hungry
 
 

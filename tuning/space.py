@@ -10,10 +10,10 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from cluster.config import ConfigError
-from cluster.memory import size
+from cluster.memory import MODES, size
 from cluster.model import Checkpointing, ModelShape
 from training.config import TrainingConfig
-from training.memory import MODES, memory_of, remedies
+from training.memory import memory_of, remedies
 from tuning.config import SpaceConfig
 
 SECTIONS = {

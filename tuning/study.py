@@ -110,10 +110,6 @@ class Study:
         """The fastest point, or of those that are as fast the one with the least memory; None if none was measured."""
         return choose(self.measured, self.settings.tie)
 
-    def trial_of(self, point: Point) -> Trial | None:
-        """The measured trial of a point."""
-        return next((trial for trial in self.measured if trial.where == point), None)
-
     def _next(self) -> Point | None:
         known = self.known
         for point in self.baselines:

@@ -9,7 +9,7 @@ import os
 from cluster.checking.probe import probe
 from cluster.checking.report import Node, describe, make_report
 from cluster.config import ConfigError
-from cluster.model import GPT_OSS_20B, GPT_OSS_120B, ModelShape
+from cluster.model import KNOWN_SHAPES, ModelShape
 from cluster.planning.command import MODELS
 from cluster.planning.plan import Job
 from cluster.storage import Storage, StorageError, without_secrets
@@ -53,5 +53,5 @@ def run(options: argparse.Namespace) -> int:
 
 def _jobs(model: str | None) -> list[Job]:
     if model is None:
-        return [Job("gpt-oss-20b", GPT_OSS_20B), Job("gpt-oss-120b", GPT_OSS_120B)]
+        return [Job(name, shape) for name, shape in KNOWN_SHAPES.items()]
     return [Job(model, MODELS.get(model) or ModelShape.from_folder(model))]

@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.checking import probe
 from cluster.checking.report import Node
 from cluster.config import ConfigError
+from cluster.placement import TYPE_PREFIX
 
 CONNECT_SECONDS = 5.0
 
@@ -70,7 +71,7 @@ def _ask(storage: str | None, limit_seconds: float) -> list[Node]:
 
 def _row(node: dict[str, Any], answer: dict[str, Any] | None = None, error: str | None = None) -> Node:
     resources = node["Resources"]
-    types = [name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")]
+    types = [name.removeprefix(TYPE_PREFIX) for name in resources if name.startswith(TYPE_PREFIX)]
     return Node(
         node_id=node["NodeID"],
         address=node["NodeManagerAddress"],

@@ -10,7 +10,7 @@ from pydantic import Field
 from cluster.config import Config, ConfigError
 from cluster.hardware import GIB, PROFILES, GpuProfile, profile_of
 from cluster.memory import size
-from cluster.planning.gpus import GpuGroup
+from cluster.planning.gpus import GpuGroup, counts_text
 from cluster.planning.plan import Job, make_plan
 from cluster.tables import table
 
@@ -179,11 +179,11 @@ def _fit(job: Job, nodes: Sequence[Node]) -> tuple[str, Finding | None]:
         finding = Finding(
             severity="error", where="GPUs", what=str(error), remedy="`python -m cluster plan` weighs others"
         )
-        return f"{job.model}: does not fit {' + '.join(f'{count} × {name}' for name, count in counts.items())}", finding
-    gpus = " + ".join(f"{count} × {name}" for name, count in best.gpus.items())
+        return f"{job.model}: does not fit {counts_text(counts)}", finding
     return (
-        f"{job.model}: fits {gpus} as {best.strategy}, micro-batch {best.micro_batch_size}, recomputing "
-        f"{best.activation_checkpointing}, {size(best.memory_bytes)} of {size(best.memory_limit_bytes)} a GPU"
+        f"{job.model}: fits {counts_text(best.gpus)} as {best.strategy}, micro-batch {best.micro_batch_size}, "
+        f"recomputing {best.activation_checkpointing}, {size(best.memory_bytes)} of "
+        f"{size(best.memory_limit_bytes)} a GPU"
     ), None
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 from cluster.config import ConfigError
 from cluster.memory import MARGIN, size
-from cluster.model import GPT_OSS_20B, GPT_OSS_120B, ModelShape
-from cluster.planning.gpus import parse_gpus
+from cluster.model import KNOWN_SHAPES, ModelShape
+from cluster.planning.gpus import counts_text, parse_gpus
 from cluster.planning.plan import Choice, Job, Plan, make_plan
 from cluster.scaling import MOST_GPUS
 from cluster.step_time import PREDICTED_WITHIN
 from cluster.tables import positive, positive_number, table
 
-MODELS = {"20b": GPT_OSS_20B, "120b": GPT_OSS_120B, "gpt-oss-20b": GPT_OSS_20B, "gpt-oss-120b": GPT_OSS_120B}
+MODELS = {name.removeprefix("gpt-oss-"): shape for name, shape in KNOWN_SHAPES.items()} | KNOWN_SHAPES
 MANIFEST = "prepared.json"
 """that `python -m training data prepare` leaves in a folder of rows"""
 SOURCES = {
@@ -78,7 +78,7 @@ def describe(plan: Plan, job: Job) -> str:
         "",
         table(HEAD, [_cells(choice, recommended=choice is plan.recommended) for choice in plan.choices]),
     ]
-    lines += [f"not on {_gpus(each.gpus)}: {each.reason}" for each in plan.refusals]
+    lines += [f"not on {counts_text(each.gpus)}: {each.reason}" for each in plan.refusals]
     if plan.scaling:
         lines += ["", f"with {plan.scaling[0].micro_batch_size * plan.scaling[0].accumulation_steps} rows a GPU:"]
         lines += [table(HEAD, [_cells(choice) for choice in plan.scaling])]
@@ -140,7 +140,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def _cells(choice: Choice, *, recommended: bool = False) -> Sequence[str]:
     hours = "–" if choice.hours is None else f"{choice.hours:.1f}" if choice.hours >= 0.1 else f"{choice.hours:.3f}"
     return (
-        ("* " if recommended else "  ") + _gpus(choice.gpus),
+        ("* " if recommended else "  ") + counts_text(choice.gpus),
         choice.strategy + (f" ({choice.shards})" if choice.shards > 1 else ""),
         f"{choice.micro_batch_size} × {choice.accumulation_steps}",
         choice.activation_checkpointing,
@@ -166,7 +166,3 @@ def _flags(choice: Choice, job: Job) -> list[str]:
         f"--data.sequence_length {job.sequence_length}",
         f"--model.base_precision {job.base_precision}",
     ]
-
-
-def _gpus(counts: dict[str, int]) -> str:
-    return " + ".join(f"{count} × {name}" for name, count in counts.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from cluster.config import ConfigError
@@ -45,6 +45,11 @@ def parse_gpus(words: Iterable[str]) -> list[GpuGroup]:
     if sum(counts.values()) > MOST_GPUS:
         raise ConfigError(f"--gpus names {sum(counts.values())} GPUs, and plans go up to {MOST_GPUS}")
     return [GpuGroup(counts[each.name], each) for each in PROFILES if each.name in counts]
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """Like `8 × H100 + 4 × L40S`, of numbers by type."""
+    return " + ".join(f"{count} × {name}" for name, count in counts.items())
 
 
 def _profile(word: str) -> GpuProfile:

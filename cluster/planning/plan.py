@@ -17,7 +17,7 @@ from cluster.hardware import GpuProfile
 from cluster.memory import MARGIN, MODES, Recipe, size, training_memory
 from cluster.model import ModelShape
 from cluster.planning.gpus import GpuGroup
-from cluster.scaling import Layout, Links, Prediction, Strategy, Work, layouts, predict
+from cluster.scaling import Layout, Links, Prediction, Strategy, Work, layouts, layouts_of, predict
 from cluster.step_time import MEASURED, measured_step, step_seconds
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -142,15 +142,15 @@ def choices_of(job: Job, groups: Sequence[GpuGroup], gpus_per_host: int, network
     """
     workers = sum(group.count for group in groups)
     within = min(gpus_per_host, *(group.count for group in groups), workers)
-    shared = {1, workers} | ({within} if 1 < within < workers and workers % within == 0 else set())
-    best = [_best(job, groups, Layout(workers, within, shards), network_gbit) for shards in sorted(shared)]
+    ways = layouts_of(workers, within)
+    best = [_best(job, groups, layout, network_gbit) for layout in ways]
     found = [choice for choice in best if choice is not None]
     if found:
         return found
     smallest = min(group.profile.memory_bytes for group in groups)
     needs = min(
-        _needed(job, _recipe(job, workers, shards, 1, "full", min(CHUNK_TOKENS, job.sequence_length)))
-        for shards in shared
+        _needed(job, _recipe(job, workers, layout.shards, 1, "full", min(CHUNK_TOKENS, job.sequence_length)))
+        for layout in ways
     )
     raise ConfigError(
         f"{job.model} needs {size(needs)} of a GPU at micro-batch 1 with everything recomputed"
@@ -193,7 +193,7 @@ def _choice(
         strategy=layout.strategy,
         shards=layout.shards,
         workers=layout.gpus,
-        hosts=_hosts(layout),
+        hosts=layout.hosts,
         micro_batch_size=recipe.rows,
         accumulation_steps=accumulation,
         activation_checkpointing=recipe.checkpointing,
@@ -262,11 +262,7 @@ def _network_bytes(prediction: Prediction) -> int:
     """Of a ring over hosts every GPU's bytes pass each host's network once."""
     layout = prediction.layout
     gathered = prediction.gathered_bytes if layout.shards > layout.gpus_per_host else 0
-    return gathered + (prediction.averaged_bytes if _hosts(layout) > 1 else 0)
-
-
-def _hosts(layout: Layout) -> int:
-    return -(-layout.gpus // layout.gpus_per_host)
+    return gathered + (prediction.averaged_bytes if layout.hosts > 1 else 0)
 
 
 def _counts(groups: Sequence[GpuGroup]) -> dict[str, int]:

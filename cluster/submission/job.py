@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, TextIO
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 
+from cluster.environment import environment
+
 FAILED, STOPPED, PENDING, LOST, INTERRUPTED = 1, 143, 124, 69, 130
 """exit codes beside the driver's own: it failed without one; it was stopped, as by SIGTERM; it never began, as of
 `timeout`; the cluster is gone (`EX_UNAVAILABLE`); Ctrl-C"""
 POLL_SECONDS = 1.0
-API_SERVER = "RAY_API_SERVER_ADDRESS"
 ENDS = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
 
 OnInterrupt = Literal["ask", "stop", "leave"]
@@ -42,18 +42,9 @@ class Patience:
     """until a cluster that does not answer is given up"""
 
 
-@contextmanager
-def alone(address: str) -> Iterator[None]:
+def alone(address: str) -> AbstractContextManager[None]:
     """Ray lets RAY_API_SERVER_ADDRESS and RAY_ADDRESS win over the address that it is given; here `address` wins."""
-    before = os.environ.get(API_SERVER)
-    os.environ[API_SERVER] = address
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[API_SERVER]
-        else:
-            os.environ[API_SERVER] = before
+    return environment(RAY_API_SERVER_ADDRESS=address)
 
 
 def follow(client: JobSubmissionClient, job: str, wish: Wish, patience: Patience, output: TextIO) -> int:

@@ -23,13 +23,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.model import GPT_OSS_20B, GPT_OSS_120B
+from cluster.model import GPT_OSS_20B, KNOWN_SHAPES
 from tests.benchmarks.checkpoints import forget_cached
 from tests.benchmarks.record import RESULTS, keep
 from tests.resident import peak_bytes
 
 SMALL = replace(GPT_OSS_20B, num_hidden_layers=2, hidden_size=256, intermediate_size=256, vocab_size=3072, head_dim=16)
-SHAPES = {"small": SMALL, "gpt-oss-20b": GPT_OSS_20B, "gpt-oss-120b": GPT_OSS_120B}
+SHAPES = {"small": SMALL, **KNOWN_SHAPES}
 FORMATS = ("bf16", "mxfp4", "adapter")
 ROWS = (*FORMATS, "peft")
 DISK_BYTES = 4 * 2**30

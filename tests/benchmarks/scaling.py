@@ -44,12 +44,12 @@ from pathlib import Path
 
 import torch
 
+from cluster.memory import MODES
 from tests.benchmarks.record import RESULTS, keep, record
 from tests.benchmarks.scaling_points import ON_CPU, POINTS, settings_of
 from tests.benchmarks.scaling_rows import Row, row_of
 from tests.benchmarks.scaling_worker import Setting, work
 from tests.benchmarks.train_step import ALLOCATOR, _device_name
-from training.memory import MODES
 
 LEAST_SECONDS = 25
 """left of the whole, or a point is not begun"""

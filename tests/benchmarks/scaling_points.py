@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.memory import Recipe, training_memory
+from cluster.memory import MARGIN, MODES, Recipe, training_memory
 from cluster.model import Checkpointing, ModelShape
 from tests.benchmarks.scaling_worker import Setting
 from tests.benchmarks.train_step import model_config
-from training.memory import MARGIN, MODES
 
 
 @dataclass(frozen=True)

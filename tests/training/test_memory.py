@@ -7,10 +7,10 @@ import torch
 
 from cluster.config import ConfigError
 from cluster.hardware import GIB, PROFILES
-from cluster.memory import CHUNK_TOKENS, EXTRA_COLUMNS
+from cluster.memory import CHUNK_TOKENS, EXTRA_COLUMNS, MARGIN, MODES
 from cluster.model import GPT_OSS_20B, GPT_OSS_120B, Checkpointing, ModelShape
 from training.config import TrainingConfig
-from training.memory import MARGIN, MODES, choose_checkpointing, memory_of, needed_bytes
+from training.memory import choose_checkpointing, memory_of, needed_bytes
 from training.modeling import experts_ops, rows
 from training.modeling.adapters import attach_adapters
 from training.modeling.base import load_base

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from cluster.config import load_files
-from cluster.memory import size, step_gather_bytes
+from cluster.memory import MODES, size, step_gather_bytes
 from cluster.model import GPT_OSS_20B
 from tests.conftest import DEMO
 from training.config import TrainingConfig
-from training.memory import MODES, memory_of, needed_bytes, recipe_of
+from training.memory import memory_of, needed_bytes, recipe_of
 from training.plan import Plan, make_plan
 
 

@@ -9,10 +9,11 @@ from pydantic import ValidationError
 
 from cluster.config import ConfigError
 from cluster.hardware import GIB
+from cluster.memory import MODES
 from cluster.model import GPT_OSS_20B, GPT_OSS_120B
 from tests.training.test_memory import configured, gpu
 from training.config import TrainingConfig
-from training.memory import MODES, needed_bytes
+from training.memory import needed_bytes
 from training.strategy import choose_strategy, enough_workers, workers_within_a_node
 
 

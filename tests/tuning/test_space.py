@@ -6,9 +6,10 @@ import pytest
 
 from cluster.config import ConfigError
 from cluster.hardware import GIB
+from cluster.memory import MARGIN
 from cluster.model import GPT_OSS_20B, GPT_OSS_120B
 from tests.tuning.landscape import GPUS, configured
-from training.memory import MARGIN, choose_checkpointing, needed_bytes
+from training.memory import choose_checkpointing, needed_bytes
 from tuning.config import SpaceConfig
 from tuning.space import Point, at_least_as_hungry, batches, configured_point, make_space
 

@@ -1,0 +1,28 @@
+"""The verbs of a command line: `python -m FOLDER VERB`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+
+Verb = Callable[[list[str]], int]
+
+
+def run_verb(arguments: list[str], verbs: Mapping[str, Verb], usage: str, mendable: tuple[type[Exception], ...]) -> int:
+    """Run the verb that `arguments` begin with; returns its exit code, and 2 for what the user can mend.
+
+    Args:
+        arguments: the words behind the folder's name.
+        verbs: what each does with the words behind it.
+        usage: printed without a verb, or for --help.
+        mendable: exceptions whose message is all that the user needs.
+    """
+    if not arguments or arguments[0] not in verbs:
+        asked = arguments[:1] in (["-h"], ["--help"])
+        print(usage, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    try:
+        return verbs[arguments[0]](arguments[1:])
+    except mendable as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
