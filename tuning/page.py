@@ -10,6 +10,7 @@ from typing import NamedTuple
 from cluster.hardware import GIB
 from tuning.journal import Trial
 from tuning.result import Result
+from tuning.rows import HEADERS, cells, gains, ordered, point_text
 from tuning.space import Point
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 860, 310, 70, 40, 30, 16
@@ -76,8 +77,6 @@ def render(results: Sequence[Result]) -> str:
 
 
 def _section(result: Result) -> Iterable[str]:
-    from tuning.report import gains, point_text
-
     device = result.device or result.gpu
     yield f"<h2>{escape(result.gpu)}: {escape(result.model)}</h2>"
     facts = [
@@ -85,9 +84,11 @@ def _section(result: Result) -> Iterable[str]:
         ("rows", f"{result.conditions.sequence_length} tokens, LoRA rank {result.conditions.rank}"),
         ("kind", f"{result.kind}, {result.date}, commit {result.commit}"),
         ("made by", result.source or result.command),
-        ("versions", ", ".join(f"{name} {number}" for name, number in result.versions.items())),
-        ("search ended", result.ended or "not: it was interrupted"),
     ]
+    if result.versions:
+        facts.append(("versions", ", ".join(f"{name} {number}" for name, number in result.versions.items())))
+    if result.kind == "measured" and not result.source:
+        facts.append(("search ended", result.ended or "not: it was interrupted"))
     yield _table(("", ""), facts)
     if result.chosen is None:
         yield f'<p class="bad">Nothing chosen: {escape(result.why)}</p>'
@@ -110,13 +111,11 @@ def _section(result: Result) -> Iterable[str]:
         yield "<h3>Every trial</h3>"
         yield _trials(result)
     if result.dropped:
-        yield f"<h3>Not tried</h3><p>{len(result.dropped)} points, ruled out by memory:</p>"
+        yield f"<h3>Not tried</h3><p>Ruled out by memory ({len(result.dropped)}):</p>"
         yield _table(("batch", ""), [(point_text(drop["point"]), drop["reason"]) for drop in result.dropped])
 
 
 def _trials(result: Result) -> str:
-    from tuning.report import HEADERS, cells, ordered
-
     head = "".join(f"<th>{escape(cell)}</th>" for cell in HEADERS)
     rows = []
     for trial in ordered(result):
