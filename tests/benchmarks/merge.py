@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.model import GPT_OSS_20B, KNOWN_SHAPES
+from cluster.verdict import current_verdict
 from tests.benchmarks.checkpoints import forget_cached
 from tests.benchmarks.record import RESULTS, keep
 from tests.resident import peak_bytes
@@ -101,7 +102,10 @@ def _verified(folder: Path, device: str) -> dict[str, Any]:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     seconds = round(time.perf_counter() - began, 1)
     verdict = done.stdout.strip().splitlines()[-1].removeprefix("verified").replace(str(folder), "").strip()
-    return {"verify_seconds": seconds, "verify_exit_code": done.returncode, "verify": verdict}
+    found = {"verify_seconds": seconds, "verify_exit_code": done.returncode, "verify": verdict}
+    if judged := current_verdict(folder / "out"):
+        found |= {check.name: check.message for check in judged.checks if check.name in ("adapter", "logits", "effect")}
+    return found
 
 
 def measure(name: str, folder: Path, device: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,9 @@ class Teacher:
     base: list[Comparison]
     own: list[Comparison]
     """the teacher against itself: its losses"""
+    nudged: list[Comparison]
+    """the teacher against itself with each embedding moved by one unit in the last place of bf16: how far rounding
+    alone carries this model"""
 
 
 @torch.no_grad()
@@ -56,15 +60,19 @@ def teach(model: PeftModel, rows: Sequence[Row], device: torch.device) -> Teache
     logits: list[torch.Tensor | None] = [None] * len(rows)
     base: list[Comparison | None] = [None] * len(rows)
     own: list[Comparison | None] = [None] * len(rows)
+    nudged: list[Comparison | None] = [None] * len(rows)
     for batch in _batches(rows):
         group = [rows[index] for index in batch]
         taught = _logits(inner, group, device)
+        with _nudged(inner):
+            moved = _logits(inner, group, device)
         with model.disable_adapter():
             plain = _logits(inner, group, device)
-        for index, row, with_adapter, without in zip(batch, group, taught, plain, strict=True):
+        for index, row, with_adapter, other, without in zip(batch, group, taught, moved, plain, strict=True):
             base[index], own[index] = compare(row, with_adapter, without), compare(row, with_adapter, with_adapter)
+            nudged[index] = compare(row, with_adapter, other)
             logits[index] = with_adapter.cpu()
-    return Teacher(_all(logits), _all(base), _all(own))
+    return Teacher(_all(logits), _all(base), _all(own), _all(nudged))
 
 
 @torch.no_grad()
@@ -139,6 +147,22 @@ def _logits(model: GptOssForCausalLM, rows: Sequence[Row], device: torch.device)
         tokens[index, : len(row.tokens)] = torch.tensor(row.tokens)
     hidden = model.model(input_ids=tokens.to(device), use_cache=False).last_hidden_state
     return [model.lm_head(hidden[index, list(row.positions)]) for index, row in enumerate(rows)]
+
+
+@contextmanager
+def _nudged(model: GptOssForCausalLM) -> Iterator[None]:
+    """Embeddings up or down by one unit in the last place of bf16, each by a fixed draw."""
+
+    def nudge(_module: torch.nn.Module, _inputs: tuple[torch.Tensor, ...], hidden: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator(hidden.device).manual_seed(0)
+        signs = torch.randint(0, 2, hidden.shape, generator=generator, device=hidden.device) * 2 - 1
+        return (hidden.float() * (1 + signs * 2**-8)).to(hidden.dtype)
+
+    hook = model.model.embed_tokens.register_forward_hook(nudge)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _batches(rows: Sequence[Row]) -> Iterator[list[int]]:

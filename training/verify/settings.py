@@ -25,6 +25,9 @@ class Thresholds:
     """nats that the held-out loss may lie above that of base and adapter"""
     lossy: bool = False
     """the format loses a part of the adapter, so the held-out loss is only held against the worse of base and both"""
+    rounding: float = 2.0
+    """times what rounding alone does to base and adapter, a merged model may differ where that is more than the limits
+    above: no logits could tell it from a right one"""
     smallest_effect: float = 0.05
     """D(base with adapter ‖ base) in nats from which on `minimum_effect` holds: rounding alone does a tenth"""
 
@@ -51,5 +54,7 @@ class Request:
     """fields of `Thresholds` that differ from those of the checkpoint's format"""
 
     def thresholds(self, format: str) -> Thresholds:
-        """The limits for a checkpoint of this format."""
-        return replace(THRESHOLDS[format], **self.overrides)  # type: ignore[arg-type]
+        """The limits for a checkpoint of this format; logits have no room for rounding beside a limit that was set."""
+        set_here = {"maximum_kl", "minimum_agreement"} & self.overrides.keys()
+        changed = {**({"rounding": 0.0} if set_here else {}), **self.overrides}
+        return replace(THRESHOLDS[format], **changed)  # type: ignore[arg-type]
