@@ -4,8 +4,8 @@ Written against vLLM 0.22's sources (`AsyncLLM`, `AsyncEngineArgs`, `SamplingPar
 agree are taken too. Tokens go in and come out: vLLM loads no tokenizer and turns nothing into text. Prefix caching,
 chunked prefill and CUDA graphs are on.
 
-Not run on a GPU yet: everything here that vLLM itself does. The tests on a CPU hold this module against a double of the
-names that it uses; `tests/serving/test_vllm_gpu.py` is for a machine with a GPU and vLLM.
+The tests on a CPU hold this module against a double of the names that it uses; `tests/serving/test_vllm_gpu.py` is for
+a machine with a GPU and vLLM.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from serving.engines.vllm_start import adapter_rank, cache_bytes, check_version,
 _GREEDY_BELOW = 1e-4
 _SEED_MASK = 2**63 - 1
 _STOP_SECONDS = 10.0
+_LEAST_FREE = 0.02
+"""share of the GPU's memory"""
 _MERGE = "merge it with python -m training merge --format bf16"
 
 
@@ -100,6 +102,9 @@ class VllmEngine(Engine):
             max_num_seqs=maximum_concurrent,
             max_num_batched_tokens=maximum_batch_tokens,
             kv_cache_memory_bytes=held_bytes,
+            # Beside the line above it only says how much of the GPU must be free at the start: by default nearly all,
+            # which would refuse a GPU that another process uses too.
+            gpu_memory_utilization=_LEAST_FREE,
             enable_prefix_caching=True,
             enable_chunked_prefill=True,
             enforce_eager=False,

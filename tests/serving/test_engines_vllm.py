@@ -34,6 +34,7 @@ def test_vllm_is_started_within_the_settings(folder: Path) -> None:
     assert args.model == str(folder)
     assert (args.max_num_seqs, args.max_num_batched_tokens, args.max_model_len) == (4, 256, 200)
     assert args.kv_cache_memory_bytes == (1000 + 128) * 4 * 2 * 2 * 16 * 2  # 4 layers, 2 heads of 16, half precision
+    assert args.gpu_memory_utilization < 0.1  # else vLLM refuses a GPU that another process uses too
     assert (args.skip_tokenizer_init, args.enable_prefix_caching, args.enforce_eager) == (True, True, False)
     assert (args.logprobs_mode, args.generation_config, args.dtype) == ("raw_logprobs", "vllm", "bfloat16")
     assert (args.enable_log_requests, args.enable_lora) == (False, False)

@@ -162,7 +162,8 @@ def test_seeds_company_and_cancellation() -> None:
             await generate(vllm, prompt, Sampling(40, (), 1.0, 0.95, seed=11))
             alone = await generate(vllm, prompt, Sampling(40, (), 1.0, 0.95, seed=11))
             assert await generate(vllm, prompt, Sampling(40, (), 1.0, 0.95, seed=11)) == alone
-            others = [generate(vllm, prompt, Sampling(40, (), 1.0, seed=seed)) for seed in range(8)]
+            # Hot enough: at temperature 1 the model says one of two things to this, in transformers too.
+            others = [generate(vllm, prompt, Sampling(40, (), 2.0, seed=seed)) for seed in range(8)]
             *company, again = await asyncio.gather(
                 *others, generate(vllm, prompt, Sampling(40, (), 1.0, 0.95, seed=11))
             )
@@ -228,9 +229,10 @@ def test_both_exports_of_an_adapter_say_what_it_says_in_transformers(root: Path,
 
 
 @pytest.mark.skipif(not os.environ.get("RAYSONER_FULL_SIZE"), reason="RAYSONER_FULL_SIZE=1 takes 60 GB of disk")
-@pytest.mark.parametrize("form", ["adapter", "bf16"])
-def test_an_adapter_of_all_experts_at_full_size(tmp_path: Path, form: str) -> None:
-    """gpt-oss-20b with random weights: what the adapter says differs from what the base says."""
+def test_an_adapter_of_all_experts_at_full_size(tmp_path: Path) -> None:
+    """gpt-oss-20b with random weights: beside the base and merged to bf16, the adapter says other things than the base,
+    and both say the first tokens of it alike.
+    """
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     write_base(base, GPT_OSS_20B)
     write_adapter(adapter, base, GPT_OSS_20B, 8)
@@ -239,12 +241,21 @@ def test_an_adapter_of_all_experts_at_full_size(tmp_path: Path, form: str) -> No
         async with engine(folder, adapters) as vllm:
             return {name: [await said_greedily(vllm, prompt, name) for prompt in PROMPTS] for name in (None, *adapters)}
 
-    if form == "adapter":
+    try:
         said = asyncio.run(run(base, {"adapted": adapter}))
-        assert said[None] != said["adapted"]
         assert [tokens for tokens, _ in said[None]] != [tokens for tokens, _ in said["adapted"]]
-    else:
-        unchanged = asyncio.run(run(base, {}))
         merge(str(adapter), str(tmp_path / "merged"), format="bf16")
+        merged = asyncio.run(run(tmp_path / "merged", {}))[None]
+        assert [tokens for tokens, _ in merged] != [tokens for tokens, _ in said[None]]
+        apart, alike = (_first_difference(merged, said[name]) for name in (None, "adapted"))
+        print(f"first log-probability: {alike:.4f} from the adapter's, {apart:.4f} from the base's")
+        assert alike < apart
+    finally:
         shutil.rmtree(base)
-        assert asyncio.run(run(tmp_path / "merged", {})) != unchanged
+        shutil.rmtree(tmp_path / "merged", ignore_errors=True)
+
+
+def _first_difference(answers: list[Said], others: list[Said]) -> float:
+    """Mean difference between the log-probabilities of the first tokens: later ones follow other tokens."""
+    pairs = zip(answers, others, strict=True)
+    return statistics.fmean(abs(ours[0] - theirs[0]) for (_, ours), (_, theirs) in pairs)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cluster.artifacts import INDEX, WEIGHTS, ArtifactError, check_checkpoint, read_manifest
-from training.merge import merge
+from cluster.storage import Storage, StorageError
+from training.merge import job, merge
+from training.merge.target import Written
+from training.merge.together import write_together
 from training.modeling.mxfp4 import dequantise
 
 from .merging import ADAPTER, DEMO, PROMPT, adapt, demo, rewrite, scaled, zero
@@ -236,3 +241,40 @@ def test_what_stands_there_is_replaced_only_when_asked(adapter: Path) -> None:
     assert [path.name for path in out.iterdir()] == ["model-00001-of-00002.safetensors"]
     merge(str(adapter), str(out), overwrite=True)
     assert {path.name for path in out.iterdir()} == set(read_manifest(out, "checkpoint").files) | {"manifest.json"}
+
+
+def test_files_beside_each_other_are_the_same(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine of many cores."""
+    alone, together = adapter.parent / "alone", adapter.parent / "together"
+    merge(str(adapter), str(alone), shard_bytes=6 * 2**20)
+    begun: list[str] = []
+    inner = job.Job.write_file
+
+    def noted(self: job.Job, folder: Storage, name: str, threads: int, told: job.Told) -> Written:
+        begun.append(name)
+        return inner(self, folder, name, threads, told)
+
+    monkeypatch.setattr(job, "files_at_once", lambda _options: 2)
+    monkeypatch.setattr(job.Job, "write_file", noted)
+    merge(str(adapter), str(together), shard_bytes=6 * 2**20)
+    assert len(begun) > 3
+    one, two = (read_manifest(folder, "checkpoint").files for folder in (alone, together))
+    assert {name: one[name] for name in begun} == {name: two[name] for name in begun}
+
+
+def test_after_an_error_no_file_beside_it_goes_on() -> None:
+    told: list[int] = []
+    going = threading.Event()
+
+    def write(name: str, tell: job.Told) -> Written:
+        if name == "bad":
+            going.wait(30)
+            raise StorageError("the disk is full")
+        while True:
+            tell(1)
+            going.set()
+            time.sleep(0.01)
+
+    with pytest.raises(StorageError, match="the disk is full"):
+        list(write_together(["endless", "bad", "never"], write, 2, told.append))
+    assert told
