@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import GptOssForCausalLM, Mxfp4Config
 
 from cluster.artifacts import ArtifactError
 from cluster.harmony import TRAINABLE, Codec, Conversation, Message
 from training.config import DataConfig
 from training.demo import phrasebook
 from training.verify.difference import compare as compare_weights
-from training.verify.logits import Summary, compare
+from training.verify.logits import Comparison, Summary, compare, nudged
 from training.verify.rows import POSITIONS, SHIPPED, TOKENS, Row, data_rows, prompt_rows
+from training.verify.settings import THRESHOLDS, Request
+from training.verify.verification import check_logits
 
 from .verifying import make, verdict_of
 
@@ -170,3 +174,49 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     code, verdict = verdict_of(made.merged, "--device", "cuda")
     assert (code, verdict.failed) == (0, [])
     assert verdict.device == torch.cuda.get_device_name()
+
+
+def found(codec: Codec, kl: float, agreement: float) -> Comparison:
+    row = prompt_rows(SHIPPED, codec, 1)[0]
+    return Comparison(row, agreement, kl, kl, 0.1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("merged", "rounding", "passes"),
+    [
+        ((0.001, 0.99), (0.0005, 0.995), True),
+        ((0.001, 0.90), (0.0005, 0.995), False),  # it agrees too seldom
+        ((0.001, 0.90), (0.0005, 0.94), True),  # as rounding alone would have it
+        ((0.001, 0.85), (0.0005, 0.94), False),
+        ((0.09, 0.99), (0.05, 0.99), True),
+        ((0.11, 0.99), (0.05, 0.99), False),
+        ((math.inf, 0.99), (math.inf, 1.0), False),  # NaN everywhere
+        ((math.nan, 0.99), (0.0, 1.0), False),
+    ],
+)
+def test_logits_are_held_against_rounding(
+    codec: Codec, merged: tuple[float, float], rounding: tuple[float, float], passes: bool
+) -> None:
+    check = check_logits([found(codec, *merged)], [found(codec, *rounding)], THRESHOLDS["bf16"])
+    assert check.passed == passes
+    assert ("rounding alone" in check.message) == ((passes and rounding[0] >= 0.05) or (passes and rounding[1] == 0.94))
+
+
+def test_rounding_has_no_room_beside_a_limit_that_was_set(codec: Codec) -> None:
+    limits = Request("merged", overrides={"minimum_agreement": 0.95}).thresholds("bf16")
+    assert not check_logits([found(codec, 0.001, 0.9)], [found(codec, 0.0005, 0.9)], limits).passed
+
+
+def test_embeddings_move_by_one_unit_in_the_last_place(codec: Codec) -> None:
+    model = GptOssForCausalLM.from_pretrained(
+        "training/demo/model", dtype=torch.bfloat16, quantization_config=Mxfp4Config(dequantize=True)
+    )
+    tokens = torch.arange(200)[None]
+    plain = model.model.embed_tokens(tokens)
+    with nudged(model):
+        moved = model.model.embed_tokens(tokens)
+        assert torch.equal(model.model.embed_tokens(tokens), moved)
+    steps = (moved.view(torch.int16).int() - plain.view(torch.int16).int()).abs()
+    assert steps.max() == 1
+    assert (steps == 1).float().mean() > 0.9
+    assert torch.equal(model.model.embed_tokens(tokens), plain)

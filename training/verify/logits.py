@@ -60,19 +60,19 @@ def teach(model: PeftModel, rows: Sequence[Row], device: torch.device) -> Teache
     logits: list[torch.Tensor | None] = [None] * len(rows)
     base: list[Comparison | None] = [None] * len(rows)
     own: list[Comparison | None] = [None] * len(rows)
-    nudged: list[Comparison | None] = [None] * len(rows)
+    moved: list[Comparison | None] = [None] * len(rows)
     for batch in _batches(rows):
         group = [rows[index] for index in batch]
         taught = _logits(inner, group, device)
-        with _nudged(inner):
-            moved = _logits(inner, group, device)
+        with nudged(inner):
+            rounded = _logits(inner, group, device)
         with model.disable_adapter():
             plain = _logits(inner, group, device)
-        for index, row, with_adapter, other, without in zip(batch, group, taught, moved, plain, strict=True):
+        for index, row, with_adapter, other, without in zip(batch, group, taught, rounded, plain, strict=True):
             base[index], own[index] = compare(row, with_adapter, without), compare(row, with_adapter, with_adapter)
-            nudged[index] = compare(row, with_adapter, other)
+            moved[index] = compare(row, with_adapter, other)
             logits[index] = with_adapter.cpu()
-    return Teacher(_all(logits), _all(base), _all(own), _all(nudged))
+    return Teacher(_all(logits), _all(base), _all(own), _all(moved))
 
 
 @torch.no_grad()
@@ -150,7 +150,7 @@ def _logits(model: GptOssForCausalLM, rows: Sequence[Row], device: torch.device)
 
 
 @contextmanager
-def _nudged(model: GptOssForCausalLM) -> Iterator[None]:
+def nudged(model: GptOssForCausalLM) -> Iterator[None]:
     """Embeddings up or down by one unit in the last place of bf16, each by a fixed draw."""
 
     def nudge(_module: torch.nn.Module, _inputs: tuple[torch.Tensor, ...], hidden: torch.Tensor) -> torch.Tensor:
