@@ -59,7 +59,7 @@ def settings(folder: Path, port: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
-    """An endpoint on a Ray of this test's own, as `deploy` starts it; the path is short because socket paths may have 107 characters."""
+    """As `deploy` starts it, on a Ray of this test's own; the path is short since sockets' may have 107 characters."""
     port, temporary = free_port(), tempfile.mkdtemp(prefix="ray", dir="/tmp")
     config = ServingConfig.model_validate(settings(folder, port))
     with private_folder() as files:
