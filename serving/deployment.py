@@ -10,8 +10,10 @@ import re
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ import serving
 from cluster.config import ConfigError
 from serving.app import build
 from serving.config import EndpointConfig, ReplicasConfig, ServingConfig
+from serving.haproxy import choose_proxy, environment, private_folder, running_proxy
 from serving.keys import KeyFile
-from serving.proxy import ENVIRONMENT
 
 _ANY_ADDRESS = ("0.0.0.0", "::")
 _POLL_SECONDS = 0.2
@@ -61,7 +63,7 @@ def stop(config: ServingConfig) -> int:
     if "RAY_ADDRESS" not in os.environ:
         raise ConfigError("RAY_ADDRESS names no cluster; an endpoint on a local Ray ends with Ctrl-C where it runs")
     name = config.endpoint.application
-    connect_to_cluster()
+    join_cluster()
     try:
         if name not in serve.status().applications:
             print(f"no application {name} runs on this cluster", file=sys.stderr)
@@ -78,7 +80,7 @@ def stop(config: ServingConfig) -> int:
 
 
 def _deploy_on_cluster(config: ServingConfig) -> int:
-    connect_to_cluster()
+    connect_to_cluster(_variables_on_cluster(config))
     try:
         if serve.status().proxies:
             _require_served(config.endpoint)
@@ -98,12 +100,17 @@ def _deploy_locally(config: ServingConfig) -> int:
             raise ConfigError(f"model.adapters.{name} {folder}: no such folder; give that of an adapter")
     if config.security.keys is not None:
         KeyFile.read(config.security.keys)
+    with private_folder() as folder:
+        return _run_locally(config, environment(config, choose_proxy(config), folder))
+
+
+def _run_locally(config: ServingConfig, variables: dict[str, str]) -> int:
     ray.init(
         address="local",
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.WARNING,
-        runtime_env={"env_vars": ENVIRONMENT},
+        runtime_env={"env_vars": variables},
     )
     try:
         require_resources(config.replicas)
@@ -132,10 +139,30 @@ def _drain(config: ServingConfig) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def connect_to_cluster() -> None:
-    """Joins the cluster of RAY_ADDRESS, and brings along the two packages that its workers import."""
+def _variables_on_cluster(config: ServingConfig) -> dict[str, str]:
+    """Asked before the application's own connection, whose variables are those of the processes that it starts.
+
+    Raises:
+        ConfigError: `endpoint.proxy` asks for what cannot be had.
+    """
+    join_cluster()
+    try:
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        if not serve.status().proxies:
+            proxy = choose_proxy(config, nodes=nodes)
+            # The folder is there as long as the cluster.
+            folder = Path(tempfile.mkdtemp(prefix="rs-ha-", dir="/tmp")) if proxy == "haproxy" else None
+            return environment(config, proxy, folder)
+        names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+        return environment(config, choose_proxy(config, nodes=nodes, running=running_proxy(names)), None)
+    finally:
+        ray.shutdown()
+
+
+def connect_to_cluster(variables: Mapping[str, str] | None = None) -> None:
+    """Joins the cluster of RAY_ADDRESS with the two packages that its workers import, and variables for them."""
     packages = [str(Path(str(module.__file__)).parent) for module in (cluster, serving)]
-    join_cluster(runtime_env={"py_modules": packages, "env_vars": ENVIRONMENT})
+    join_cluster(runtime_env={"py_modules": packages, "env_vars": dict(variables or {})})
 
 
 def join_cluster(**options: Any) -> None:

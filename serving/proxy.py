@@ -1,8 +1,8 @@
-"""What Ray Serve's HTTP proxies add: turns for requests that come at once, and answers where a replica is lost.
+"""What stands around requests in Ray Serve: turns for those that come at once, and answers where a replica is lost.
 
 A proxy on its own drops the connection then. Where `python -m serving deploy` starts Serve, the environment variables
 of `ENVIRONMENT` reach its proxies; where Serve runs already, `CALLBACK` must stand in the environment of `ray start`
-on every node, with this project importable there. Ray Serve calls `middlewares` in each proxy.
+on every node, with this project importable there. Ray Serve calls `middlewares` in each process that answers HTTP.
 
 Extension points: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH and RAY_SERVE_PROXY_GC_THRESHOLD in
 ray/serve/_private/constants.py.
@@ -18,6 +18,8 @@ from typing import Any
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.guard import Guarded
 
 CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.proxy.middlewares"}
 """environment variable with which a proxy finds `middlewares`"""
@@ -40,8 +42,20 @@ _logger = logging.getLogger("ray.serve")
 
 
 def middlewares() -> list[Middleware]:
-    """What Ray Serve's proxies run around every request."""
-    return [Middleware(InTurn), Middleware(LostReplicas)]
+    """What Ray Serve's proxies in Python run around every request, and replicas behind HAProxy, which answer HTTP."""
+    ours = [Middleware(InTurn), Middleware(LostReplicas)]
+    return [Middleware(Guarded), *ours] if _is_replica() else ours
+
+
+def _is_replica() -> bool:
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        serve.get_replica_context()
+    except RayServeException:
+        return False
+    return True
 
 
 class InTurn:

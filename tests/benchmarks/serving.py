@@ -128,17 +128,15 @@ def endpoint(name: str, options: argparse.Namespace) -> Iterator[tuple[str, Any]
 
     from serving.app import application
     from serving.config import ServingConfig
-    from serving.proxy import ENVIRONMENT
+    from serving.haproxy import choose_proxy, environment, private_folder
     from tests.benchmarks import serving_replicas as replicas
 
     kinds = {"raysoner": replicas.RandomReplica, "scripted": replicas.ScriptedReplica}
     config = ServingConfig.model_validate(_settings(name, options))
     (port,) = free_ports(1)
-    with tempfile.TemporaryDirectory(prefix="rs-") as folder:
-        environment = {"env_vars": ENVIRONMENT}  # as `python -m serving deploy` starts Serve
-        ray.init(
-            address="local", include_dashboard=False, log_to_driver=False, _temp_dir=folder, runtime_env=environment
-        )
+    with tempfile.TemporaryDirectory(prefix="rs-") as folder, private_folder() as files:
+        variables = {"env_vars": environment(config, choose_proxy(config), files)}  # as `python -m serving deploy` does
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, _temp_dir=folder, runtime_env=variables)
         try:
             serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
             kind = kinds.get(name, replicas.UnclockedReplica)
@@ -154,6 +152,7 @@ def _settings(name: str, options: argparse.Namespace) -> dict[str, Any]:
     longest, gpus = options.prompt_tokens + MARGIN_TOKENS + options.output_tokens, int(name == "raysoner")
     return {
         "model": {"path": str(_codec_folder(name, options).absolute()), "name": "benchmark"},
+        "endpoint": {"proxy": options.proxy},
         "engine": {
             "kind": "vllm" if gpus else "auto",
             "maximum_concurrent": options.streams,
@@ -346,6 +345,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=2048, help="requests of a row (default: %(default)s)")
     parser.add_argument("--single-requests", type=int, default=30,
                         help="one after the other, for the time to first token (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--proxy", choices=("auto", "haproxy", "python"), default="auto",
+                        help="in front of our endpoint (default: %(default)s)")  # fmt: skip
     parser.add_argument("--checkpoint", default=str(CHECKPOINT), help="folder of random weights; made if not there")
     parser.add_argument("--out", default=str(RESULTS), help="folder of the result files (default: %(default)s)")
     parser.add_argument("--row", help=argparse.SUPPRESS)

@@ -40,7 +40,7 @@ QUESTIONS = (
 ANSWER_SECONDS = 180.0
 """a request that takes longer hangs"""
 REPLICA = "ServeReplica"
-LASTING = {"proxy": "ProxyActor", "controller": "ServeController"}
+LASTING = {"proxy": "ProxyActor", "haproxy": "HAProxyManager", "controller": "ServeController"}
 """processes that nothing kills, by a word of their command line"""
 
 
