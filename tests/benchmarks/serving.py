@@ -34,8 +34,10 @@ from tests.benchmarks.record import RESULTS, keep
 
 GPU_ROWS = ("raysoner", "vllm-offline", "vllm-serve")
 CPU_ROWS = ("scripted", "scripted-unclocked")
+Point = tuple[int, int]
+"""tokens of a prompt and of an answer"""
 SHAPES = {"serving": (128, 256), "serving_long": (1024, 512)}
-"""benchmark's name, tokens of a prompt and of an answer"""
+"""by the benchmark's name"""
 CHECKPOINT = Path(tempfile.gettempdir()) / "raysoner-serving-gpt-oss-20b"
 DEMO = Path("training/demo/model")
 BATCH_TOKENS = 8192
@@ -48,51 +50,52 @@ APPLICATION = "benchmark"
 
 
 def main() -> int:
-    """Measure the rows one after the other; keep one file for each shape."""
+    """Measure the rows one after the other; keep one file for each shape, anew after each row."""
     options = _options()
     if options.row:
-        print(json.dumps(measure(options.row, options)))
+        for found in measure(options.row, options):
+            print(json.dumps(found), flush=True)
         return 0
     gpu = _gpu()
     names = options.rows.split(",") if options.rows else list(GPU_ROWS if gpu else CPU_ROWS)
-    unmeasured = False
-    short = {"serving": (options.prompt_tokens, options.output_tokens)}
-    shapes = options.shapes.split(",")
-    for benchmark, (prompt, output) in ({name: SHAPES[name] for name in shapes} if gpu else short).items():
-        if gpu and any(name in GPU_ROWS for name in names):
-            _write_checkpoint(Path(options.checkpoint))
-        rows = []
-        for name in names:
-            rows.append(_row(name, prompt, output))
-            print(json.dumps(rows[-1]), flush=True)
-        unmeasured |= any("not measured" in row for row in rows)
-        model = "gpt-oss-20b" if gpu else "scripted"
-        print(keep(benchmark, model, gpu or f"cpu{os.cpu_count()}", _called(), rows, Path(options.out)))
-    return 1 if unmeasured else 0
+    if gpu and any(name in GPU_ROWS for name in names):
+        _write_checkpoint(Path(options.checkpoint))
+    benchmarks = options.shapes.split(",") if gpu else ["serving"]
+    model = "gpt-oss-20b" if gpu else "scripted"
+    rows = {
+        name: [{"name": name, "not measured": "the benchmark did not get there"}] * len(benchmarks) for name in names
+    }
+    for name in names:
+        rows[name] = _row(name, benchmarks if gpu else [])
+        for number, benchmark in enumerate(benchmarks):
+            print(json.dumps({"benchmark": benchmark, **rows[name][number]}), flush=True)
+            measured = [found[number] for found in rows.values()]
+            print(keep(benchmark, model, gpu or f"cpu{os.cpu_count()}", _called(), measured, Path(options.out)))
+    return 1 if any("not measured" in row for found in rows.values() for row in found) else 0
 
 
-def _row(name: str, prompt: int, output: int) -> dict[str, Any]:
-    """Figures of a row, from a process of its own."""
-    shape = ["--prompt-tokens", str(prompt), "--output-tokens", str(output)]
-    command = [sys.executable, "-m", "tests.benchmarks.serving", *sys.argv[1:], *shape, "--row", name]
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+def _row(name: str, shapes: list[str]) -> list[dict[str, Any]]:
+    """Figures of a row for each shape, from a process of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.serving", *sys.argv[1:], "--row", name]
+    command += ["--points", ",".join(shapes)] if shapes else []
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=out, stderr=errors, start_new_session=True)
         try:
-            out, _ = process.communicate(timeout=ROW_SECONDS)
-            if process.returncode == 0:
-                found: dict[str, Any] = json.loads(out.splitlines()[-1])
-                return found
+            process.wait(ROW_SECONDS)
             errors.seek(0)
             lines = [line.strip() for line in errors if line.strip()]
-            return {"name": name, "not measured": f"exit code {process.returncode}: {lines[-1] if lines else ''}"[:500]}
+            reason = f"exit code {process.returncode}: {lines[-1] if lines else ''}"[:500]
         except subprocess.TimeoutExpired:
-            return {"name": name, "not measured": f"no figures after {ROW_SECONDS:g} s"}
+            reason = f"no figures after {ROW_SECONDS:g} s"
         finally:
             stop_tree(process)  # type: ignore[arg-type]
+        out.seek(0)
+        found: list[dict[str, Any]] = [json.loads(line) for line in out if line.startswith("{")]
+    return found + [{"name": name, "not measured": reason}] * (max(1, len(shapes)) - len(found))
 
 
-def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One row's figures, in this process."""
+def measure(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row's figures of each shape, in this process: one start of the engine has room for all."""
     rows = {
         "raysoner": _measure_endpoint,
         "scripted": _measure_endpoint,
@@ -100,28 +103,34 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "vllm-offline": _measure_offline,
         "vllm-serve": _measure_server,
     }
-    return {"name": name, **rows[name](name, options)}
+    shapes = [SHAPES[point] for point in options.points.split(",")] if options.points else []
+    points = shapes or [(options.prompt_tokens, options.output_tokens)]
+    options.prompt_tokens, options.output_tokens = (max(sizes) for sizes in zip(*points, strict=True))
+    for found in rows[name](name, options, points):
+        yield {"name": name, **found}
 
 
-def _measure_endpoint(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def _measure_endpoint(name: str, options: argparse.Namespace, points: list[Point]) -> Iterator[dict[str, Any]]:
     """Our endpoint on a Ray of its own."""
-    with endpoint(name, options) as (url, take_first_token_seconds):
-        words = _words(options.prompt_tokens, _codec_folder(name, options))
-        single = bench(url, options, words, 1, options.single_requests, warmup=3)
-        engine = sorted(take_first_token_seconds()[-options.single_requests :])
-        found = bench(url, options, words, options.streams, options.requests, warmup=options.streams)
-    whole = single["summary"]["latencies"]["time_to_first_token"]["p50"]
-    return {
-        **_figures(found),
-        "first_token_ms_one_request": round(whole * 1000, 2),
-        "added_first_token_ms_one_request": round((whole - engine[len(engine) // 2]) * 1000, 2),
-    }
+    with endpoint(name, options) as (url, proxy, take_first_token_seconds):
+        for prompt, output in points:
+            words = _words(prompt, _codec_folder(name, options))
+            single = bench(url, output, words, 1, options.single_requests, warmup=3)
+            engine = sorted(take_first_token_seconds()[-options.single_requests :])
+            found = bench(url, output, words, options.streams, options.requests, warmup=options.streams)
+            whole = single["summary"]["latencies"]["time_to_first_token"]["p50"]
+            yield {
+                "proxy": proxy,
+                **_figures(found),
+                "first_token_ms_one_request": round(whole * 1000, 2),
+                "added_first_token_ms_one_request": round((whole - engine[len(engine) // 2]) * 1000, 2),
+            }
 
 
 @contextmanager
-def endpoint(name: str, options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
-    """Our endpoint with one replica, on a Ray of this process; its address, and a call that takes what its engine took
-    for first tokens."""
+def endpoint(name: str, options: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
+    """Our endpoint with one replica, on a Ray of this process; its address, its proxy, and a call that takes what its
+    engine took for first tokens."""
     import ray
     from ray import serve
     from ray.serve.config import HTTPOptions
@@ -133,15 +142,16 @@ def endpoint(name: str, options: argparse.Namespace) -> Iterator[tuple[str, Any]
 
     kinds = {"raysoner": replicas.RandomReplica, "scripted": replicas.ScriptedReplica}
     config = ServingConfig.model_validate(_settings(name, options))
+    proxy = choose_proxy(config)
     (port,) = free_ports(1)
     with tempfile.TemporaryDirectory(prefix="rs-") as folder, private_folder() as files:
-        variables = {"env_vars": environment(config, choose_proxy(config), files)}  # as `python -m serving deploy` does
+        variables = {"env_vars": environment(config, proxy, files)}  # as `python -m serving deploy` does
         ray.init(address="local", include_dashboard=False, log_to_driver=False, _temp_dir=folder, runtime_env=variables)
         try:
             serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
             kind = kinds.get(name, replicas.UnclockedReplica)
             handle = serve.run(application(config, kind), name=APPLICATION, route_prefix="/")
-            yield f"http://127.0.0.1:{port}", lambda: handle.take_first_token_seconds.remote().result()
+            yield f"http://127.0.0.1:{port}", proxy, lambda: handle.take_first_token_seconds.remote().result()
         finally:
             serve.shutdown()
             ray.shutdown()
@@ -186,7 +196,7 @@ def _words(tokens: int, folder: Path) -> int:
 
 
 def bench(
-    url: str, options: argparse.Namespace, words: int, concurrency: int, requests: int, warmup: int, *flags: str
+    url: str, output: int, words: int, concurrency: int, requests: int, warmup: int, *flags: str
 ) -> dict[str, Any]:
     """The report of a load from a process of its own.
 
@@ -197,7 +207,7 @@ def bench(
         path = Path(folder) / "report.json"
         command = [sys.executable, "-m", "serving", "bench", "--url", url, "--json", str(path), *flags]
         command += ["--concurrency", str(concurrency), "--requests", str(requests), "--warmup", str(warmup)]
-        command += ["--words", str(words), "--max-tokens", str(options.output_tokens)]
+        command += ["--words", str(words), "--max-tokens", str(output)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"the load failed: {' '.join((result.stdout + result.stderr).split())[-400:]}")
@@ -222,7 +232,7 @@ def _figures(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _measure_offline(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def _measure_offline(name: str, options: argparse.Namespace, points: list[Point]) -> Iterator[dict[str, Any]]:
     """vLLM's own offline interface: all requests at the start, as many at a time as we have streams."""
     import random
 
@@ -236,29 +246,27 @@ def _measure_offline(name: str, options: argparse.Namespace) -> dict[str, Any]:
         max_num_seqs=options.streams,
         max_num_batched_tokens=BATCH_TOKENS,
     )
-    sampling = SamplingParams(max_tokens=options.output_tokens, temperature=1.0, ignore_eos=True, detokenize=False)
     rng = random.Random(0)
 
-    def generate(count: int) -> int:
-        prompts = [
-            {"prompt_token_ids": [rng.randrange(1000, 190_000) for _ in range(options.prompt_tokens)]}
-            for _ in range(count)
-        ]
+    def generate(count: int, prompt: int, output: int) -> int:
+        sampling = SamplingParams(max_tokens=output, temperature=1.0, ignore_eos=True, detokenize=False)
+        prompts = [{"prompt_token_ids": [rng.randrange(1000, 190_000) for _ in range(prompt)]} for _ in range(count)]
         return sum(len(answer.outputs[0].token_ids) for answer in engine.generate(prompts, sampling, use_tqdm=False))
 
-    generate(options.streams)
-    began = time.perf_counter()
-    tokens = generate(options.requests)
-    seconds = time.perf_counter() - began
-    return {
-        "tokens_per_second": round(tokens / seconds),
-        "requests": options.requests,
-        "prompt_tokens": options.prompt_tokens,
-        "output_tokens": round(tokens / options.requests),
-    }
+    for prompt, output in points:
+        generate(options.streams, prompt, output)
+        began = time.perf_counter()
+        tokens = generate(options.requests, prompt, output)
+        seconds = time.perf_counter() - began
+        yield {
+            "tokens_per_second": round(tokens / seconds),
+            "requests": options.requests,
+            "prompt_tokens": prompt,
+            "output_tokens": round(tokens / options.requests),
+        }
 
 
-def _measure_server(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def _measure_server(name: str, options: argparse.Namespace, points: list[Point]) -> Iterator[dict[str, Any]]:
     """vLLM's own server."""
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
@@ -268,21 +276,21 @@ def _measure_server(name: str, options: argparse.Namespace) -> dict[str, Any]:
     command += ["--max-model-len", str(longest), "--max-num-seqs", str(options.streams)]
     command += ["--max-num-batched-tokens", str(BATCH_TOKENS), "--generation-config", "vllm"]
     command += ["--disable-uvicorn-access-log"]
+    flags = ("--completions", "--field", "ignore_eos=true")
     with tempfile.TemporaryFile("w+b") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
             _wait_until_healthy(url, server)
-            flags = ("--completions", "--field", "ignore_eos=true")
-            words = options.prompt_tokens
-            single = bench(url, options, words, 1, options.single_requests, 3, *flags)
-            found = bench(url, options, words, options.streams, options.requests, options.streams, *flags)
+            for prompt, output in points:
+                single = bench(url, output, prompt, 1, options.single_requests, 3, *flags)
+                found = bench(url, output, prompt, options.streams, options.requests, options.streams, *flags)
+                first = single["summary"]["latencies"]["time_to_first_token"]["p50"]
+                yield {**_figures(found), "first_token_ms_one_request": round(first * 1000, 2)}
         except RuntimeError as error:
             log.seek(0)
             raise RuntimeError(f"{error}; {' '.join(log.read().decode(errors='replace').split())[-300:]}") from None
         finally:
             stop_tree(server)
-    first = single["summary"]["latencies"]["time_to_first_token"]["p50"]
-    return {**_figures(found), "first_token_ms_one_request": round(first * 1000, 2)}
 
 
 def _wait_until_healthy(url: str, server: subprocess.Popen[bytes]) -> None:
@@ -350,6 +358,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--checkpoint", default=str(CHECKPOINT), help="folder of random weights; made if not there")
     parser.add_argument("--out", default=str(RESULTS), help="folder of the result files (default: %(default)s)")
     parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--points", default="", help=argparse.SUPPRESS)
     parser.add_argument("--prompt-tokens", type=int, default=128, help="on a CPU; a GPU measures both shapes")
     parser.add_argument("--output-tokens", type=int, default=256, help="on a CPU (default: %(default)s)")
     return parser.parse_args()
