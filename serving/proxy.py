@@ -30,7 +30,7 @@ ENVIRONMENT = {**CALLBACK, "RAY_SERVE_PROXY_GC_THRESHOLD": str(COLLECTION_THRESH
 """what proxies are started with"""
 STARTING = 32
 """POST requests of a proxy that are begun at a time"""
-STARTING_SECONDS = 0.1
+STARTING_SECONDS = 0.02
 """longest that the beginning of one keeps others waiting"""
 ATTEMPTS = 3
 """how many replicas a request is given to, as long as none has begun to answer"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import sys
 from contextlib import aclosing
 from typing import Any
 
@@ -21,6 +22,9 @@ from serving.proxy import COLLECTION_THRESHOLD
 from serving.services import Services
 
 WARM_UP_TOKENS = 8
+SWITCH_SECONDS = 0.0005
+"""longest that a thread keeps Python's lock from another. Serve's event loop, ours and the engine's share it, and with
+Python's own 5 ms each call to the system could cost a request's beginning as much"""
 
 
 # The application is built after the constructor, by `__serve_build_asgi_app__`: it needs the engine.
@@ -41,6 +45,7 @@ class Replica:
 
     def __init__(self, raw: dict[str, Any]) -> None:
         gc.set_threshold(COLLECTION_THRESHOLD)
+        sys.setswitchinterval(SWITCH_SECONDS)
         self.config = ServingConfig.model_validate(raw)
         self.engine, self.codec = self.load()
         self.services = Services.of(self.config, self.engine, str(serve.get_replica_context().replica_tag))

@@ -6,7 +6,6 @@ Reference: https://platform.openai.com/docs/api-reference/chat
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 from cluster.harmony import Codec, Delta, ParsedCall, Part
 from serving.api.asked import understood, wishes
 from serving.api.chat_schema import ChatRequest
-from serving.api.findings import findings
+from serving.api.findings import findings, new_id
 from serving.api.http import event, merged, to_json
 from serving.api.tools import short_name
 from serving.attempt import DrawnToken, Step
@@ -56,7 +55,7 @@ async def prepare(request: ChatRequest, config: ServingConfig, codec: Codec, eng
         request,
         choices=[Generation(engine, codec, wish) for wish in wanted],
         prompt_tokens=len(wanted[0].prompt),
-        id=f"chatcmpl-{uuid.uuid4().hex}",
+        id=f"chatcmpl-{new_id()}",
         created=int(time.time()),
         model=request.model,
         codec=codec,

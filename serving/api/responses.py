@@ -6,7 +6,6 @@ Reference: https://platform.openai.com/docs/api-reference/responses
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 from cluster.harmony import Codec
 from serving.api.asked import understood, wishes
 from serving.api.errors import ApiError, ToldError, to_api_error
-from serving.api.findings import findings
+from serving.api.findings import findings, new_id
 from serving.api.http import event
 from serving.api.responses_output import Output
 from serving.api.responses_schema import ResponsesRequest
@@ -48,7 +47,7 @@ async def prepare(request: ResponsesRequest, config: ServingConfig, codec: Codec
     return ResponsesJob(
         choices=[Generation(engine, codec, wish)],
         prompt_tokens=len(wish.prompt),
-        id=f"resp_{uuid.uuid4().hex}",
+        id=f"resp_{new_id()}",
         created=int(time.time()),
         model=request.model,
         echo=request.echo(config.default_effort),
