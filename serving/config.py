@@ -56,7 +56,7 @@ class EndpointConfig(Config):
     """TCP port that Serve's proxies bind"""
     application: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "raysoner"
     """name of the Serve application; the same name again replaces what runs under it"""
-    proxy: Literal["auto", "haproxy", "python"] = "auto"
+    proxy: Literal["auto", "haproxy", "python"] = "python"
     """what passes HTTP on to replicas, on a Serve that is started here: HAProxy, or Serve's own in Python. auto takes
     HAProxy where it can be had, and the proxy of a Serve that runs already"""
     gathering_seconds: Annotated[float, Field(ge=0, le=1)] = 0.2

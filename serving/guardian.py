@@ -40,9 +40,18 @@ _REFUSED = {**_ERROR, "message": "the replica was lost before it answered; send 
 
 def written_bytes(connection: socket.socket) -> int:
     """Bytes that the kernel has taken for the other side, sent or not, since the connection was made."""
+    acknowledged = _acknowledged_bytes(connection)
+    while True:
+        waiting = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4))
+        before, acknowledged = acknowledged, _acknowledged_bytes(connection)
+        # What was acknowledged between the two questions would be missing from both answers.
+        if acknowledged == before:
+            return acknowledged + int(struct.unpack("=i", waiting)[0])
+
+
+def _acknowledged_bytes(connection: socket.socket) -> int:
     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-    waiting = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4))
-    return int(struct.unpack_from("=Q", info, _BYTES_ACKED)[0]) + int(struct.unpack("=i", waiting)[0])
+    return int(struct.unpack_from("=Q", info, _BYTES_ACKED)[0])
 
 
 def chunk(body: bytes) -> bytes:

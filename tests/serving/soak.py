@@ -196,7 +196,7 @@ class Soak:
     def _command(self, verb: str, *flags: object) -> None:
         words: Iterable[object] = (
             *("-m", "serving", verb, "--config", CONFIG, "--model.path", self._model),
-            *("--endpoint.port", self._url.rsplit(":", 1)[1], *flags),
+            *("--endpoint.proxy", "auto", "--endpoint.port", self._url.rsplit(":", 1)[1], *flags),
         )
         subprocess.run([sys.executable, *map(str, words)], env=self._ray.environment, check=True)
 

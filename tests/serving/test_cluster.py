@@ -189,6 +189,7 @@ def deploy_flags(folder: Path, port: int, **more: Any) -> list[str]:
         "model.precision": "fp32",
         "endpoint.application": "tiny",
         "endpoint.port": port,
+        "endpoint.proxy": "auto",
         "replicas.gpus": 0,
         "replicas.graceful_shutdown_seconds": 1,
         "limits.prompt_tokens": 1024,

