@@ -38,10 +38,10 @@ def test_a_damaged_checkpoint_is_passed_over(whole: Whole, ray_cluster: LocalRay
 
 @pytest.mark.parametrize("workers", [3, 1])
 def test_another_number_of_workers_goes_on(workers: int, whole: Whole, ray_cluster: LocalRay, tmp_path: Path) -> None:
-    whole.fork(tmp_path, step=12)
+    whole.fork(tmp_path, step=18)
     done = run_python(ray_cluster, *short_run(tmp_path, "short", workers__count=workers, **WHOLE))
     assert done.code == 0, done.output
-    assert "resuming  from step 12\n" in done.output
+    assert "resuming  from step 18\n" in done.output
     loss, adapters = largest_differences(whole.folder, tmp_path / "short")
     assert loss < 1e-5
     assert adapters < 1e-5
