@@ -10,10 +10,11 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 demo: .venv/installed
 	$(BIN)/python -m training.demo
 
-# Everything that must hold: check, then all other tests, two files at a time: most wait for processes to start.
+# Everything that must hold: check, then all other tests, three files at a time: most wait for processes to start, so that
+# two leave a third of two cores idle.
 test: .venv/installed
 	$(MAKE) -j 3 --output-sync --no-print-directory chromium style types configs
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/test_configs.py
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/test_configs.py
 
 # For the playground's tests: Debian's Chromium, where this may install it; they are skipped where there is none.
 chromium:

@@ -20,6 +20,20 @@ if not torch.cuda.is_available():
 from cluster.local import LocalRay, local_ray
 
 DEMO = "training/configs/demo.toml"
+LONGEST = (
+    "training/test_demo_run.py",
+    "training/test_faults_storage.py",
+    "training/test_stopping.py",
+    "training/test_faults_stops.py",
+    "training/test_faults.py",
+    "serving/test_batch_cluster.py",
+    "serving/test_cluster.py",
+    "serving/test_autoscaling.py",
+    "serving/test_soak.py",
+    "training/test_run.py",
+    "training/test_finder.py",
+)
+"""files that take a minute or more, the longest first; of the first three only one waits for the run `whole`"""
 SECONDS = 600
 """a command takes a small part of it, unless the machine is busy with other things"""
 
@@ -82,20 +96,24 @@ def one_thread() -> Iterator[None]:
 
 def pytest_configure() -> None:
     """A suite started in a shell's background ignores SIGINT, and commands that tests interrupt would inherit that.
-    Processes of pytest-xdist share the cores: threads that wait for each other would wait for another process's too."""
+    Processes of pytest-xdist share the cores: threads that wait for each other would wait for another process's too. A
+    Ray of a test's own starts no processes beforehand, which no driver with an environment can use."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
         torch.set_num_threads(max(1, torch.get_num_threads() // int(processes)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes come first (`--no-loadscope-reorder`), so that no process has one left at the end."""
+    """Files that take minutes come first (`--no-loadscope-reorder`), the longest before the others, so that no process
+    has one left at the end."""
 
     def files(marker: str) -> set[Path]:
         return {item.path for item in items if item.get_closest_marker(marker)}
 
     fault, cluster = files("fault"), files("cluster")
-    items.sort(key=lambda item: (item.path not in fault, item.path not in cluster))
+    place = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (place.get(item.path, len(place)), item.path not in fault, item.path not in cluster))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

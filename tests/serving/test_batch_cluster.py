@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from cluster.local import LocalRay, local_ray
+from cluster.local import LocalRay
 from serving.batch import outputs
 from serving.batch.rows import Row
 from serving.replica import load_checkpoint
 from tests.serving.harness import chat, http_client, serving_config
 from tests.serving.test_batch import QUESTIONS, ROOT, write_jsonl
 from tests.serving.tiny import save_tiny_checkpoint
-
-
-@pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[LocalRay]:
-    with local_ray(cpus=2, dashboard=False) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from tests.serving.soak import Soak
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fault]
 
-SECONDS = 60.0
+SECONDS = 40.0
 
 
 def test_every_request_ends_in_a_right_answer_or_a_typed_error() -> None:

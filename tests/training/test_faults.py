@@ -25,7 +25,7 @@ from .running import LONG, RESUMED, STEP, assert_same_run, start, wait_for_worke
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fault]
 
-KILLS = 20 if LONG else 2
+KILLS = {"data_parallel": 20 if LONG else 2, "sharded": 20 if LONG else 1}
 LONG_RUN = {"run__maximum_steps": 80, "run__saving_steps": 3}
 
 
@@ -49,16 +49,17 @@ def figures() -> Iterator[list[dict[str, Any]]]:
         keep("faults", "raysoner-demo", f"cpu{os.cpu_count()}", "make test-faults", rows)
 
 
-@pytest.mark.parametrize("strategy", ["data_parallel", "sharded"])
+@pytest.mark.parametrize("strategy", KILLS)
 def test_workers_are_killed_at_random_steps(
     strategy: str, reference: Path, ray_cluster: LocalRay, tmp_path: Path, figures: list[dict[str, Any]]
 ) -> None:
     settings = LONG_RUN if LONG else WHOLE
     steps = int(settings["run__maximum_steps"])
+    kills = KILLS[strategy]
     chance = random.Random(strategy)
-    targets = sorted(chance.sample(range(1, steps - 3), KILLS))
+    targets = sorted(chance.sample(range(1, steps - 3), kills))
     run = start(
-        ray_cluster, tmp_path, "short", tmp_path / "log", workers__strategy=strategy, workers__retries=KILLS, **settings
+        ray_cluster, tmp_path, "short", tmp_path / "log", workers__strategy=strategy, workers__retries=kills, **settings
     )
     waits, seen = [], 0
     for step in targets:

@@ -41,18 +41,18 @@ def test_a_run_is_stopped_and_killed_in_every_way(whole: Whole, ray_cluster: Loc
     stopped = int(re.findall(r"stopped   at step (\d+), which is saved; the same command goes on", run.output)[0])
     assert f"step {stopped}/{STEPS} saved" in run.output
 
-    for number in (2, 3):
-        run = again(number)
-        seen = run.wait_for(f"resuming  from step {stopped}\n" if number == 2 else RESUMED.pattern)
-        run.wait_for(STEP.pattern, seen)
-        run.kill()
+    run = again(2)
+    seen = run.wait_for(f"resuming  from step {stopped}\n")
+    run.wait_for(STEP.pattern, seen)
+    run.kill()
 
-    run = again(4)
-    run.wait_for(STEP.pattern)
+    run = again(3)
+    seen = run.wait_for(RESUMED.pattern)
+    run.wait_for(STEP.pattern, seen)
     run.process.send_signal(signal.SIGTERM)
     assert run.end() == 143, run.tail
 
-    run = again(5)
+    run = again(4)
     assert run.end() == 0, run.tail
     assert_same_run(whole.folder, tmp_path / "short")
 

@@ -38,10 +38,10 @@ def test_a_damaged_checkpoint_is_passed_over(whole: Whole, ray_cluster: LocalRay
 
 @pytest.mark.parametrize("workers", [3, 1])
 def test_another_number_of_workers_goes_on(workers: int, whole: Whole, ray_cluster: LocalRay, tmp_path: Path) -> None:
-    whole.fork(tmp_path, step=12)
+    whole.fork(tmp_path, step=18)
     done = run_python(ray_cluster, *short_run(tmp_path, "short", workers__count=workers, **WHOLE))
     assert done.code == 0, done.output
-    assert "resuming  from step 12\n" in done.output
+    assert "resuming  from step 18\n" in done.output
     loss, adapters = largest_differences(whole.folder, tmp_path / "short")
     assert loss < 1e-5
     assert adapters < 1e-5
@@ -94,19 +94,20 @@ def test_a_storage_that_may_not_be_written(ray_cluster: LocalRay, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("what", "told"),
+    ("what", "workers", "told"),
     [
         (
             "identity",
+            2,
             r"belongs to another model or other LoRA settings or other data: base was 'other' and is '\w+'; "
             r"lora.rank was 4",
         ),
-        ("tensors", r"is of another model or other LoRA targets: it lacks base_model\S+"),
+        ("tensors", 1, r"is of another model or other LoRA targets: it lacks base_model\S+"),
     ],
     ids=["identity", "tensors"],
 )
 def test_a_checkpoint_of_another_model_or_other_targets(
-    what: str, told: str, whole: Whole, ray_cluster: LocalRay, tmp_path: Path
+    what: str, workers: int, told: str, whole: Whole, ray_cluster: LocalRay, tmp_path: Path
 ) -> None:
     whole.fork(tmp_path, step=3)
     storage = Storage.at(str(tmp_path / "short"))
@@ -116,7 +117,7 @@ def test_a_checkpoint_of_another_model_or_other_targets(
     else:
         del snapshot.adapter[min(snapshot.adapter)]
     CheckpointStore(storage).write(snapshot)
-    done = run_python(ray_cluster, *short_run(tmp_path, "short", **WHOLE))
+    done = run_python(ray_cluster, *short_run(tmp_path, "short", workers__count=workers, **WHOLE))
     assert done.code == 2, done.output
     error = done.output.splitlines()[-1]
     assert re.search(rf"^error: the checkpoint of step 3 {told}", error), done.output

@@ -69,7 +69,7 @@ def test_a_run_that_ended_before_its_adapter_was_written_takes_no_further_step(
 ) -> None:
     shutil.copytree(whole.folder, tmp_path / "short")
     shutil.rmtree(tmp_path / "short" / "adapter")
-    again = run_python(ray_cluster, *short_run(tmp_path, "short", **WHOLE))
+    again = run_python(ray_cluster, *short_run(tmp_path, "short", **WHOLE, workers__count=1))
     assert again.code == 0, again.output
     assert STEP.search(again.output) is None
     name = "adapter_model.safetensors"
