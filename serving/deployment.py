@@ -100,8 +100,8 @@ def _deploy_locally(config: ServingConfig) -> int:
             raise ConfigError(f"model.adapters.{name} {folder}: no such folder; give that of an adapter")
     if config.security.keys is not None:
         KeyFile.read(config.security.keys)
-    with private_folder() as folder:
-        return _run_locally(config, environment(config, choose_proxy(config), folder))
+    with private_folder() as files:
+        return _run_locally(config, environment(config, choose_proxy(config), files))
 
 
 def _run_locally(config: ServingConfig, variables: dict[str, str]) -> int:
