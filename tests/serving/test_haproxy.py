@@ -148,7 +148,7 @@ def in_progress(url: str) -> dict[str, int]:
 
 @pytest.mark.fault
 def test_a_killed_replica_s_requests_go_elsewhere_or_end_in_a_typed_error(url: str) -> None:
-    wait_for(lambda: len(replicas()) == 2, "two replicas run")
+    wait_for(lambda: len(replicas()) == 2 and len(in_progress(url)) == 2, "two replicas run")
     with ThreadPoolExecutor(16) as pool:
         streams = [pool.submit(stream, url, 150) for _ in range(6)]
         unbegun = [pool.submit(whole, url, 60) for _ in range(6)]
@@ -170,9 +170,9 @@ def test_a_killed_replica_s_requests_go_elsewhere_or_end_in_a_typed_error(url: s
 
 @pytest.mark.fault
 def test_where_all_replicas_are_killed_requests_wait_for_the_next(url: str) -> None:
-    wait_for(lambda: len(replicas()) == 2, "two replicas run")
+    wait_for(lambda: len(replicas()) == 2 and len(in_progress(url)) == 2, "two replicas run")
     with ThreadPoolExecutor(8) as pool:
-        first = [pool.submit(whole, url, 60) for _ in range(4)]
+        first = [pool.submit(whole, url, 150) for _ in range(4)]
         wait_for(lambda: sum(in_progress(url).values()) == 4, "all of them run")
         for each in replicas():
             each.kill()
