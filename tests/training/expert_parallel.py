@@ -270,7 +270,8 @@ def _construction(config: TrainingConfig, share: ExpertShare) -> Findings:
     parts = dict(model.named_parameters())
     assert parts.keys() == whole.keys()
     adapters = {name: (weight.detach(), owned(weight)) for name, weight in parts.items() if "lora_" in name}
-    joined = gather_whole({name: (weight, place) for name, (weight, place) in adapters.items() if place})
+    there = [(name, (weight, place)) for name, (weight, place) in adapters.items() if place]
+    joined = gather_whole(dict(there if share.rank == 0 else reversed(there)))  # each has an order of its own
     experts = {
         name: share.own(len(weight)) for name, weight in whole.items() if ".experts." in name and "lora_" not in name
     }

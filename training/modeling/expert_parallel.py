@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -206,10 +207,11 @@ def owned(weight: torch.Tensor) -> Owned | None:
 def gather_whole(tensors: Mapping[str, tuple[torch.Tensor, Owned]]) -> dict[str, torch.Tensor]:
     """Each whole, in host memory of the first worker; nothing on the others. Every worker must call it.
 
-    Tensors pass one by one, so that a GPU holds no more than one whole.
+    Tensors pass one by one, so that a GPU holds no more than one whole, in the order of their names: optimizers hold
+    their state in another order on each worker once they were resumed.
     """
     found = {}
-    for name, (tensor, place) in tensors.items():
+    for name, (tensor, place) in sorted(tensors.items(), key=itemgetter(0)):
         parts = [torch.empty_like(tensor) for _ in range(place.share.workers)] if place.share.rank == 0 else None
         dist.gather(tensor.contiguous(), parts, group=place.share.group, group_dst=0)
         if parts is not None:

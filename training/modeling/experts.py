@@ -69,7 +69,7 @@ def experts_forward(
     return _run(*given, CHUNK_TOKENS) if share is None else _run_at_owners(*given, share)
 
 
-@torch.compiler.disable  # the number of rows is another in each pass
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the number of rows is another in each pass
 def _run_at_owners(
     module: Any,
     hidden_states: torch.Tensor,
