@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +18,17 @@ from cluster.hardware import GIB
 from cluster.memory import MODES
 from cluster.model import GPT_OSS_20B, GPT_OSS_120B
 from tests.training.expert_parallel import run
-from tests.training.sharding import LAYERS, pretended, write_checkpoint
+from tests.training.experts import E, K, close, factors, layer, routed
+from tests.training.experts import gradients as all_gradients
+from tests.training.sharding import LAYERS, alone, pretended, write_checkpoint
+from tests.training.test_experts import factors_on, moved
 from tests.training.test_memory import configured, gpu
 from training.exchange import step_exchange_bytes
 from training.memory import memory_of, recipe_of
-from training.modeling.expert_parallel import ExpertShare, own, owned
+from training.modeling.expert_parallel import ExpertShare, Owned, own, owned
+from training.modeling.experts import ExpertFactors
+from training.modeling.grouped import sort_by_expert
+from training.modeling.rows import combine, take
 from training.plan import Plan
 from training.strategy import choose_strategy
 
@@ -115,6 +123,63 @@ def test_new_adapters_and_base_are_parts_of_one_workers(ranks: Ranks) -> None:
         assert found["trained"]
         assert found["held"] == 0.5
         assert found["joined"] == ([0, True] if rank else [4 * LAYERS, True])
+
+
+def test_many_rows_pass_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixty rows, of which sixteen pass at once where four tokens would."""
+    module, given, adapters = layer("packed").train(), routed(30), factors(8)
+    output = module(*given, factors=adapters)
+    expected = {"output": output, **all_gradients(given, adapters, output)}
+    monkeypatch.setattr("training.modeling.experts_ops.CHUNK_TOKENS", 4)
+    with alone(tmp_path):
+        module.share = ExpertShare.of_all_workers()
+        output = module(*given, factors=adapters)
+        found = {"output": output, **all_gradients(given, adapters, output)}
+    for part, value in found.items():
+        close(value, expected[part], 1e-5, part)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_halves_of_the_experts_are_the_whole(device: str) -> None:
+    """Each half's rows through its own experts, one after the other; on a GPU, in bf16, to the bit."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    module, given = layer("packed", dtype).to(device).train(), moved(routed(150), device, dtype)
+    adapters = factors_on(device, torch.float32, 8, 0.0)
+    output = module(*given, factors=adapters)
+    expected = {"output": output, **all_gradients(given, adapters, output)}
+    routing = sort_by_expert(given.chosen, E)
+    experts = given.chosen.flatten()[routing.order]
+    results, of_rows = [], []
+    for rank in range(2):
+        share = ExpertShare(None, rank, 2)  # type: ignore[arg-type]
+        first, last = share.own(E).start, share.own(E).stop
+        mine = (experts >= first) & (experts < last)
+        half, places = copy.deepcopy(module), [Owned(share, E, dimension) for dimension in (0, 1)]
+        for name, weight in module.named_parameters():
+            setattr(half, name, torch.nn.Parameter(weight[first:last], requires_grad=False))
+        own_adapters = {}
+        for name, (a, b, scale, dropout) in adapters.items():
+            parts = (place.part(factor.detach()).requires_grad_() for place, factor in zip(places, (a, b), strict=True))
+            own_adapters[name] = ExpertFactors(*parts, scale, dropout)
+        rows = take(given.hidden.detach(), routing)[mine].requires_grad_()
+        weights = given.weights.detach().flatten()[routing.order][mine][:, None]
+        results.append(half(rows, experts[mine][:, None] - first, weights, factors=own_adapters))
+        probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(4)).to(output)
+        leaves = [factor for adapter in own_adapters.values() for factor in adapter[:2]]
+        found = torch.autograd.grad(results[-1], [rows, *leaves], take(probe, routing)[mine])
+        of_rows.append(found[0])
+        names = [f"{name}.{factor}" for name in adapters for factor in ("lora_a", "lora_b")]
+        for name, value, place in zip(names, found[1:], places * 2, strict=True):
+            same(value, place.part(expected[name]), device, name)
+    same(combine(torch.cat(results), routing, K), expected["output"], device, "output")
+    same(combine(torch.cat(of_rows), routing, K), expected["hidden"], device, "hidden")
+
+
+def same(found: torch.Tensor, expected: torch.Tensor, device: str, name: str) -> None:
+    if device == "cuda":
+        assert torch.equal(found, expected), name
+    else:
+        close(found, expected, 2e-6, name)
 
 
 @pytest.mark.parametrize("dimension", [0, 1])

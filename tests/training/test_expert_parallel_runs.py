@@ -1,4 +1,4 @@
-"""A run whose workers share out the experts, on a real Ray: it ends where others do, and each goes on from the other."""
+"""A run whose workers share out the experts, on a real Ray: it ends where others do, and they go on from each other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cluster.local import LocalRay
 from tests.conftest import run_python, short_run
 
 from .conftest import WHOLE, Whole
-from .running import RESUMED, largest_differences, start
+from .running import RESUMED, largest_differences, start, wait_for_workers
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fault]
 
@@ -46,15 +46,17 @@ def moments_apart(whole: Path, other: Path) -> dict[str, float]:
 def test_it_goes_on_from_others_from_itself_and_they_from_it(
     whole: Whole, ray_cluster: LocalRay, tmp_path: Path
 ) -> None:
-    """Two workers with all experts, two that share them out, killed twice, and one. All end where the first alone do."""
+    """Two workers with all experts, two that share them out, of which one is killed and then the driver, and one."""
     whole.fork(tmp_path, step=6)
-    for begun, saved in ((6, 12), (12, 18)):
-        run = start(ray_cluster, tmp_path, "short", tmp_path / str(saved), **EXPERTS)
-        run.wait_for(rf"step {saved}/{STEPS} saved")
-        run.kill()
-        assert int(RESUMED.findall(run.output)[0]) >= begun
-        assert "strategy  expert_parallel over 2 workers: as workers.strategy says; a worker holds " in run.output
-        assert ", 4 of each layer's 8 experts and their adapters, and receives " in run.output
+    run = start(ray_cluster, tmp_path, "short", tmp_path / "log", **EXPERTS)
+    seen = run.wait_for(rf"step 12/{STEPS} saved")
+    assert "resuming  from step 6\n" in run.output
+    assert "strategy  expert_parallel over 2 workers: as workers.strategy says; a worker holds " in run.output
+    assert ", 4 of each layer's 8 experts and their adapters, and receives " in run.output
+    wait_for_workers(ray_cluster, 2)[1].kill()
+    seen = run.wait_for(RESUMED.pattern, seen)
+    run.wait_for(rf"step 18/{STEPS} saved", seen)
+    run.kill()
     done = run_python(ray_cluster, *short_run(tmp_path, "short", workers__count=1, **WHOLE))
     assert done.code == 0, done.output
     assert "strategy  data_parallel" in done.output
