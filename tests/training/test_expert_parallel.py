@@ -159,8 +159,8 @@ def test_halves_of_the_experts_are_the_whole(device: str) -> None:
             setattr(half, name, torch.nn.Parameter(weight[first:last], requires_grad=False))
         own_adapters = {}
         for name, (a, b, scale, dropout) in adapters.items():
-            parts = (place.part(factor.detach()).requires_grad_() for place, factor in zip(places, (a, b), strict=True))
-            own_adapters[name] = ExpertFactors(*parts, scale, dropout)
+            own_a, own_b = places[0].part(a.detach()).requires_grad_(), places[1].part(b.detach()).requires_grad_()
+            own_adapters[name] = ExpertFactors(own_a, own_b, scale, dropout)
         rows = take(given.hidden.detach(), routing)[mine].requires_grad_()
         weights = given.weights.detach().flatten()[routing.order][mine][:, None]
         results.append(half(rows, experts[mine][:, None] - first, weights, factors=own_adapters))
