@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from cluster.config import ConfigError
+from training.modeling.expert_parallel import owned
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "ray")
 FOLDERS = ("training", "cluster")
@@ -45,7 +46,8 @@ def check_ranks_agree(adapters: Mapping[str, torch.Tensor]) -> None:
     """See that all workers that should hold the same tensor do, bit for bit; every worker must call it.
 
     Two checksums of each tensor are compared, a sum of its elements' bits and one weighted by their places, so one
-    small exchange does for all. Of a sharded tensor the workers that hold the same shard are compared.
+    small exchange does for all. Of a sharded tensor the workers that hold the same shard are compared, and of one that
+    a single worker owns none.
 
     Raises:
         RuntimeError: a tensor differs between two workers.
@@ -147,6 +149,8 @@ def _list(items: Any) -> str:
 
 def _replicas(weight: torch.Tensor) -> list[dist.ProcessGroup | None]:
     """Groups of workers within which each holds the same of `weight`; None stands for all workers."""
+    if owned(weight):
+        return []
     if not isinstance(weight, DTensor):
         return [None]
     mesh = weight.device_mesh

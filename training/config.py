@@ -249,10 +249,11 @@ class WorkersConfig(Config):
     """CPUs of each worker; also its number of CPU threads when it has no GPU"""
     retries: NonNegativeInt = 2
     """how often a run whose worker died starts again from its last checkpoint"""
-    strategy: Literal["auto", "data_parallel", "sharded", "hybrid"] = "auto"
+    strategy: Literal["auto", "data_parallel", "sharded", "hybrid", "expert_parallel"] = "auto"
     """who holds the frozen base: data_parallel, each worker the whole; sharded, all workers together one copy, gathered
-    layer by layer; hybrid, the workers of each node one copy; auto takes the first of data_parallel, hybrid and sharded
-    that fits the GPU by arithmetic, and data_parallel on a CPU"""
+    layer by layer; hybrid, the workers of each node one copy; expert_parallel, each worker its share of every layer's
+    experts, to which tokens are sent, with their adapters, and all else; auto takes the first of data_parallel, hybrid
+    and sharded that fits the GPU by arithmetic, and data_parallel on a CPU"""
 
 
 class RunConfig(Config):
@@ -342,10 +343,12 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _workers_probe_alone(self) -> TrainingConfig:
-        if self.batch.micro_batch_size == "auto" and self.workers.strategy in ("sharded", "hybrid"):
+        strategy = self.workers.strategy
+        if self.batch.micro_batch_size == "auto" and strategy in ("sharded", "hybrid", "expert_parallel"):
+            exchanged = "send tokens to" if strategy == "expert_parallel" else "gather weights from"
             raise ValueError(
                 f'batch.micro_batch_size = "auto" tries passes on each worker alone, and workers.strategy = '
-                f'"{self.workers.strategy}" has them gather weights from each other: set a number'
+                f'"{strategy}" has them {exchanged} each other: set a number'
             )
         return self
 
@@ -363,6 +366,31 @@ class TrainingConfig(Config):
             f'workers.strategy = "{strategy}" shards experts that model.experts = "grouped_lora" runs; set it so and '
             'model.kernels = false, or workers.strategy = "data_parallel"'
         )
+
+    @model_validator(mode="after")
+    def _experts_can_be_shared_out(self) -> TrainingConfig:
+        if self.workers.strategy != "expert_parallel":
+            return self
+        if self.batch.activation_offload:
+            raise ValueError(
+                'workers.strategy = "expert_parallel" has not been run with batch.activation_offload; set it to false'
+            )
+        if not self.can_shard:
+            raise ValueError(
+                'workers.strategy = "expert_parallel" shares out experts that model.experts = "grouped_lora" runs; set '
+                'it so and model.kernels = false, or workers.strategy = "data_parallel"'
+            )
+        if not self.lora.attention:
+            raise ValueError(
+                'workers.strategy = "expert_parallel" has each worker train the adapters of its own experts and needs '
+                "adapters that all train; set lora.attention = true, or another strategy"
+            )
+        return self
+
+    @property
+    def expert_workers(self) -> int:
+        """Workers that share out each layer's experts; 1 where each has all of them."""
+        return self.workers.count if self.workers.strategy == "expert_parallel" else 1
 
     @property
     def can_shard(self) -> bool:

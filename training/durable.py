@@ -13,7 +13,7 @@ from training import stopping
 from training.agreement import check_ranks_agree, of_all_ranks, trainable
 from training.checkpoints.buffers import SnapshotBuffers
 from training.checkpoints.rng import Rng, own_rng, set_rng
-from training.checkpoints.snapshot import Snapshot, restore_snapshot, take_snapshot
+from training.checkpoints.snapshot import Snapshot, gather_tensors, restore_snapshot, take_snapshot
 from training.data.order import StepSampler
 from training.guards import StepFigures, StepGuard
 from training.keeping import Keeper
@@ -126,9 +126,10 @@ class DurableTrainer(WeightedTrainer):
         with self.meter.paused():
             check_ranks_agree(trainable(self.model))
             states = of_all_ranks(own_rng())
-            together(lambda: self._save_snapshot(states))
+            whole = gather_tensors(self.model, self.optimizer)
+            together(lambda: self._save_snapshot(states, whole))
 
-    def _save_snapshot(self, states: list[Rng]) -> None:
+    def _save_snapshot(self, states: list[Rng], whole: dict[str, torch.Tensor]) -> None:
         """What the leading worker does in a save, in which the storage may have failed for good."""
         if not self.keeper.leads:
             return
@@ -142,6 +143,7 @@ class DurableTrainer(WeightedTrainer):
             metrics=self.latest | {"step": self.state.global_step},
             identity=self.keeper.identity,
             buffers=self._buffers,
+            whole=whole,
         )
         self.keeper.save(snapshot)
 

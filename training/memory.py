@@ -6,6 +6,7 @@ from cluster.config import ConfigError
 from cluster.memory import MARGIN, MODES, Recipe, TrainingMemory, size, training_memory
 from cluster.model import Checkpointing, ModelShape
 from training.config import TrainingConfig
+from training.exchange import shared_experts_memory
 
 
 def choose_checkpointing(
@@ -48,7 +49,11 @@ def memory_of(config: TrainingConfig, shape: ModelShape, mode: Checkpointing, sh
     Raises:
         ConfigError: `lora.expert_layers` names a layer that the model does not have.
     """
-    return training_memory(shape, recipe_of(config, shape, mode, shards))
+    recipe, workers = recipe_of(config, shape, mode, shards), config.expert_workers
+    if workers == 1:
+        return training_memory(shape, recipe)
+    of_experts = shape.lora_parameters(config.lora.rank, False, adapted_expert_layers(config, shape))
+    return shared_experts_memory(shape, recipe, of_experts, workers)
 
 
 def recipe_of(config: TrainingConfig, shape: ModelShape, mode: Checkpointing, shards: int = 1) -> Recipe:
@@ -140,10 +145,12 @@ def _does_not_fit(config: TrainingConfig, shape: ModelShape, memory_bytes: int, 
     """The sentence, with what each remedy would come to."""
     model, batch, data = config.model, config.batch, config.data
     settings, enough = remedies(config, shape, memory_bytes, shards)
+    shared = f" and its layers shared by {shards} workers" if shards > 1 else ""
+    shared += f" and its experts by {config.expert_workers} workers" if config.expert_workers > 1 else ""
     offers = " or ".join(f"{setting} ({size(needed)})" for setting, needed in settings.items())
     return (
         f"{model.path} needs {size(needed_bytes(config, shape, 'full', shards))} even with activation_checkpointing = "
-        f'"full"{f" and its layers shared by {shards} workers" if shards > 1 else ""}, and the GPU has '
+        f'"full"{shared}, and the GPU has '
         f"{size(memory_bytes)} ({memory_of(config, shape, 'full', shards)}, and {MARGIN:.0%} of margin, with "
         f'model.base_precision = "{model.base_precision}", batch.micro_batch_size = {batch.micro_batch_size} and '
         f"data.sequence_length = {data.sequence_length}): "

@@ -19,7 +19,7 @@ from training.data.names import is_hub_id
 from training.data.prepare import PART_BYTES, packed_rows
 from training.data.sources import parts
 from training.memory import memory_of, needed_bytes, recipe_of, trainable_parameters
-from training.strategy import describe
+from training.strategy import check_experts, describe
 
 OPTIONAL_TRACKERS = ("trackio", "wandb", "mlflow")
 """trackers whose package, of the same name, this project does not install"""
@@ -95,6 +95,7 @@ def make_plan(config: TrainingConfig) -> Plan:
     if not Path(config.model.path).is_dir():
         return Plan(config, None, None, config.run.maximum_steps, None, None)
     shape = check_checkpoint(config.model.path)
+    check_experts(config, shape)
     codec = _codec(config.model.path)
     if config.data.evaluation:
         _count(config, config.data.evaluation, codec)
@@ -160,7 +161,11 @@ def _known_shards(config: TrainingConfig) -> int | None:
     workers = config.workers
     if workers.strategy == "sharded":
         return workers.count
-    if workers.count == 1 or workers.strategy == "data_parallel" or (workers.strategy, workers.gpus) == ("auto", 0):
+    if (
+        workers.count == 1
+        or workers.strategy in ("data_parallel", "expert_parallel")
+        or (workers.strategy, workers.gpus) == ("auto", 0)
+    ):
         return 1
     return None
 
@@ -177,7 +182,8 @@ def _strategy_line(config: TrainingConfig, shape: ModelShape, mode: Checkpointin
     if known is not None:
         name = asked if asked != "auto" else "data_parallel"
         why = "" if asked != "auto" else ", as auto is " + ("with one worker" if config.workers.gpus else "on a CPU")
-        over = f" over {known} workers" if known > 1 else ""
+        sharing = max(known, config.expert_workers)
+        over = f" over {sharing} workers" if sharing > 1 else ""
         return f"strategy  {name}{over}{why}: {describe(config, shape, known)}"
     whole = [] if asked == "hybrid" else [f"{size(needed_bytes(config, shape, mode))} with the whole base"]
     shared = [

@@ -2,7 +2,8 @@
 
 No torch, no ray. Pure data parallelism moves nothing but the adapters' gradients, so it comes first. Where the base is
 too large for it, the workers of a node share one copy (hybrid: gathers stay on the node's links), and where that is not
-enough, all workers do.
+enough, all workers do. Expert parallelism is never chosen but by name: what it gains hangs on links and on how evenly
+the router spreads tokens, of which nothing is known here.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from math import gcd
 from typing import Literal
 
 from cluster.config import ConfigError
-from cluster.memory import size, step_gather_bytes, weight_bytes
+from cluster.memory import MODES, size, step_gather_bytes, weight_bytes
 from cluster.model import Checkpointing, ModelShape
 from training.config import TrainingConfig
-from training.memory import choose_checkpointing, needed_bytes, recipe_of, remedies
+from training.exchange import step_exchange_bytes
+from training.memory import choose_checkpointing, memory_of, needed_bytes, recipe_of, remedies
 
-Name = Literal["data_parallel", "hybrid", "sharded"]
+Name = Literal["data_parallel", "hybrid", "sharded", "expert_parallel"]
 
 MOST_WORKERS = 1024
 """more are not thought of: experts are split no further than one a worker"""
@@ -34,6 +36,8 @@ class Strategy:
     """what the backward pass computes again"""
     reason: str
     """for a person, with the bytes that decided"""
+    expert_workers: int = 1
+    """workers that share out each layer's experts, 1 where each has all of them"""
 
 
 def choose_strategy(
@@ -52,11 +56,12 @@ def choose_strategy(
         memory_bytes: of a worker's GPU, as CUDA reports the total, the smallest of all; None without a GPU.
 
     Raises:
-        ConfigError: nothing fits; the nodes' workers do not divide the run's; or `lora.expert_layers` names a layer
-            that the model lacks.
+        ConfigError: nothing fits; the nodes' workers do not divide the run's; the run's do not divide the experts that
+            they are to share out; or `lora.expert_layers` names a layer that the model lacks.
         ValueError: `auto` on a GPU whose memory is not given.
     """
     asked = config.workers.strategy
+    check_experts(config, shape)
     if asked != "auto":
         return _strategy(config, shape, asked, shards_of(config, asked, workers_per_node), memory_bytes, asked=True)
     if config.workers.gpus == 0:
@@ -94,7 +99,7 @@ def shards_of(config: TrainingConfig, name: Name, workers_per_node: int) -> int:
         ConfigError: hybrid, and the workers of a node do not divide `workers.count`.
     """
     count = config.workers.count
-    if name == "data_parallel":
+    if name in ("data_parallel", "expert_parallel"):
         return 1
     if name == "sharded":
         return count
@@ -105,6 +110,21 @@ def shards_of(config: TrainingConfig, name: Name, workers_per_node: int) -> int:
             '"sharded"'
         )
     return workers_per_node
+
+
+def check_experts(config: TrainingConfig, shape: ModelShape) -> None:
+    """Where workers are to share out the experts, see that they can do so evenly.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    count, experts = config.expert_workers, shape.num_local_experts
+    if experts % count:
+        fitting = ", ".join(str(number) for number in range(2, experts + 1) if experts % number == 0)
+        raise ConfigError(
+            f'workers.strategy = "expert_parallel" gives each of the {count} workers as many of the {experts} experts '
+            f"of {config.model.path}: set workers.count to one of {fitting}, or another strategy"
+        )
 
 
 def candidates(config: TrainingConfig, workers_per_node: int) -> Iterator[tuple[Name, int]]:
@@ -120,9 +140,21 @@ def candidates(config: TrainingConfig, workers_per_node: int) -> Iterator[tuple[
 
 
 def describe(config: TrainingConfig, shape: ModelShape, shards: int) -> str:
-    """What a worker holds of the base and gathers in a step."""
+    """What a worker holds of the base, and what it gathers or receives in a step."""
     recipe = recipe_of(config, shape, "full", shards)
     held = size(weight_bytes(shape, recipe))
+    if (workers := config.expert_workers) > 1:
+        experts = shape.num_local_experts
+        moved = {
+            mode: size(step_exchange_bytes(shape, recipe_of(config, shape, mode), workers, config.accumulation))
+            for mode in MODES
+        }
+        own = size(memory_of(config, shape, "full").weights)
+        return (
+            f"a worker holds {own} of the base's {held}, {experts // workers} of each layer's {experts} experts and "
+            f"their adapters, and receives {moved['none']} of routed tokens a step where routing is even, "
+            f"{moved['full']} where layers are recomputed"
+        )
     if shards == 1:
         return f"a worker holds the whole base, {held}"
     gathered = size(step_gather_bytes(shape, recipe, config.accumulation))
@@ -135,9 +167,10 @@ def _strategy(
 ) -> Strategy:
     checkpointing, why = choose_checkpointing(config, shape, memory_bytes, shards)
     source = "as workers.strategy says" if asked else _why_auto(config, shape, shards, memory_bytes)
-    over = f" over {shards} workers" if shards > 1 else ""
+    sharing = max(shards, config.expert_workers)
+    over = f" over {sharing} workers" if sharing > 1 else ""
     reason = f"{name}{over}: {source}; {describe(config, shape, shards)}; activation checkpointing {why}"
-    return Strategy(shards, checkpointing, reason)
+    return Strategy(shards, checkpointing, reason, config.expert_workers)
 
 
 def _why_auto(config: TrainingConfig, shape: ModelShape, shards: int, memory_bytes: int | None) -> str:

@@ -16,6 +16,7 @@ from trl import SFTTrainer
 from training.data.collator import IGNORED
 from training.data.order import StepLoader, StepSampler
 from training.modeling.attention import document_starts
+from training.modeling.expert_parallel import clip_gradients, owned
 from training.modeling.loss import weighted_nll
 from training.modeling.offload import Offload
 from training.modeling.sharding import is_sharded
@@ -202,6 +203,21 @@ class WeightedTrainer(SFTTrainer):
         prepared = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         devices = [self.args.device] if self.args.device.type == "cuda" else None
         return DistributedDataParallel(prepared, device_ids=devices)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """As transformers', over the experts of all workers where each has others."""
+        if not self._shares_experts(model):
+            return super()._clip_grad_norm(model)
+        return clip_gradients(model.parameters(), self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As transformers', which asks for one where nothing was clipped."""
+        if grad_norm is None and self._shares_experts(model):
+            return clip_gradients(model.parameters(), float("inf"))
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def _shares_experts(self, model: Any) -> bool:
+        return any(map(owned, model.parameters()))
 
     def _refuse_other_losses(self) -> None:
         asked = {

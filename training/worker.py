@@ -31,6 +31,7 @@ from training.finder import fitting_trainer, sized_by_arithmetic, stepping_down
 from training.guards import TrainingStopped
 from training.keeping import Keeper
 from training.modeling.engine import build_model
+from training.modeling.expert_parallel import ExpertShare
 from training.modeling.loading import checkpoint_folder
 from training.modeling.sharding import sharding_mesh
 from training.progress import Metrics, Progress
@@ -99,7 +100,8 @@ def _set_up(
     if rank == 0:
         print(f"strategy  {strategy.reason}", flush=True)
     mesh = sharding_mesh(device, strategy.shards) if strategy.shards > 1 else None
-    model = together(lambda: build_model(sized, device, strategy.checkpointing, mesh))
+    share = ExpertShare.of_all_workers() if strategy.expert_workers > 1 else None
+    model = together(lambda: build_model(sized, device, strategy.checkpointing, mesh, share))
     train, evaluation = together(lambda: [_rows(raw[name], scratch) for name in ("train", "evaluation")])
     snapshot = keeper.find(base, raw["train"].partition("?")[0].rpartition("/")[2])
     prepared = Prepared.model_validate(raw["prepared"])

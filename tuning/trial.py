@@ -32,6 +32,7 @@ from training.data.shards import read_shards
 from training.finder import is_out_of_memory
 from training.keeping import Keeper
 from training.modeling.engine import build_model
+from training.modeling.expert_parallel import ExpertShare
 from training.modeling.loading import checkpoint_folder
 from training.modeling.sharding import sharding_mesh
 from training.scratch import scratch_folder
@@ -104,9 +105,10 @@ def run_steps(order: dict[str, Any], say: Say) -> None:
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     strategy = choose_strategy(config, shape, config.workers.count, memory)
     mesh = sharding_mesh(device, strategy.shards) if strategy.shards > 1 else None
+    share = ExpertShare.of_all_workers() if strategy.expert_workers > 1 else None
     with scratch_folder() as scratch:
         config = config.model_copy(update={"run": config.run.model_copy(update={"storage": str(scratch)})})
-        model = build_model(config, device, strategy.checkpointing, mesh)
+        model = build_model(config, device, strategy.checkpointing, mesh, share)
         rows = whole_steps(read_shards(order["data"]["train"], scratch), config.global_batch_size)
         counts = Prepared.model_validate(order["data"]["prepared"]).counts
         meter = Meter(device, flops_per_token(config, shape, counts), None)

@@ -18,6 +18,7 @@ from training.agreement import trainable
 from training.checkpoints.buffers import SnapshotBuffers
 from training.checkpoints.optimizer import load_state, named_groups, state_scalars, state_tensors
 from training.checkpoints.rng import Rng
+from training.modeling.expert_parallel import gather_whole, owned
 
 if TYPE_CHECKING:  # the driver reads snapshots too, and these take seconds to import
     from peft import PeftModel
@@ -69,6 +70,24 @@ class Snapshot:
         return TrainerState(**copy.deepcopy(self.trainer_state))
 
 
+def gather_tensors(model: PeftModel, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Of what only parts lie on a worker, adapters and the optimizer's tensors by them, the whole on the first one.
+
+    Every worker must call it. Nothing is exchanged where all adapters are whole on every worker.
+
+    Args:
+        model: not wrapped for data parallelism.
+        optimizer: of the model's adapters, perhaps in accelerate's wrapper.
+
+    Returns what `take_snapshot` takes as `whole`; the other workers have no use for it.
+    """
+    weights = {name: weight for name, weight in adapter_weights(model).items() if owned(weight)}
+    moments = state_tensors(_inner_optimizer(optimizer), weights)
+    tensors = {name: (weight.detach(), owned(weight)) for name, weight in weights.items()}
+    tensors |= {name: (moment, owned(weights[name.rpartition(".")[0]])) for name, moment in moments.items()}
+    return gather_whole({name: (tensor, place) for name, (tensor, place) in tensors.items() if place})
+
+
 def take_snapshot(
     model: PeftModel,
     optimizer: Optimizer,
@@ -80,6 +99,7 @@ def take_snapshot(
     metrics: Mapping[str, Any],
     identity: Mapping[str, Any],
     buffers: SnapshotBuffers | None = None,
+    whole: Mapping[str, Tensor] | None = None,
 ) -> Snapshot:
     """A copy of the run's state in host memory. Weights of the base are not looked at, and may be sharded.
 
@@ -87,7 +107,7 @@ def take_snapshot(
     the snapshot before, taken into the same `buffers`, is still being written.
 
     Args:
-        model: not wrapped for data parallelism; its trainable weights are whole on this worker.
+        model: not wrapped for data parallelism; its trainable weights are whole on this worker, or in `whole`.
         optimizer: whose state is tensors or numbers by parameter, as of torch's AdamW, perhaps in accelerate's
             wrapper; before the first step it is empty.
         scheduler: of learning rates, perhaps in accelerate's wrapper.
@@ -97,6 +117,7 @@ def take_snapshot(
         metrics: latest figures, among them `eval_loss` if the best checkpoint is to be kept.
         identity: what a run must share with this one to go on from here; see `check_identity`.
         buffers: memory that is used again. Without, new memory is taken, which a GPU's copies spend most time on.
+        whole: what `gather_tensors` found, where this worker holds but a part of some weights.
 
     Raises:
         ValueError: a trainable weight is sharded, or is no part of the adapter that PEFT saves.
@@ -104,7 +125,7 @@ def take_snapshot(
     weights = adapter_weights(model)
     inner = _inner_optimizer(optimizer)
     moments = state_tensors(inner, weights)
-    tensors = {name: weight.detach() for name, weight in weights.items()} | moments
+    tensors = {name: weight.detach() for name, weight in weights.items()} | moments | dict(whole or {})
     copies = (buffers or SnapshotBuffers()).copies(tensors)
     return Snapshot(
         step=trainer_state.global_step,
@@ -140,8 +161,9 @@ def restore_snapshot(snapshot: Snapshot, model: PeftModel, optimizer: Optimizer,
     _check_groups(snapshot, inner, weights)
     with torch.no_grad():
         for name, weight in weights.items():
-            weight.copy_(snapshot.adapter[name])
-    load_state(inner, weights, snapshot.moments, snapshot.scalars, snapshot.param_groups)
+            weight.copy_(_part(snapshot.adapter[name], weight))
+    moments = {name: _part(moment, weights[name.rpartition(".")[0]]) for name, moment in snapshot.moments.items()}
+    load_state(inner, weights, moments, snapshot.scalars, snapshot.param_groups)
     _inner_scheduler(scheduler).load_state_dict(copy.deepcopy(snapshot.scheduler))
 
 
@@ -190,7 +212,7 @@ def _check_adapter(snapshot: Snapshot, weights: Mapping[str, Tensor]) -> None:
     differing = [
         name
         for name in sorted(saved.keys() & weights.keys())
-        if (saved[name].shape, saved[name].dtype) != (weights[name].shape, weights[name].dtype)
+        if (saved[name].shape, saved[name].dtype) != (_whole_shape(weights[name]), weights[name].dtype)
     ]
     if missing := sorted(weights.keys() - saved.keys()):
         found = f"it lacks {missing[0]}"
@@ -198,7 +220,8 @@ def _check_adapter(snapshot: Snapshot, weights: Mapping[str, Tensor]) -> None:
         found = f"it holds {extra[0]}, which this run does not train"
     elif differing:
         name = differing[0]
-        found = f"{name} is {_described(saved[name])} in it, and {_described(weights[name])} in this run"
+        described = _described(_whole_shape(weights[name]), weights[name].dtype)
+        found = f"{name} is {_described(saved[name].shape, saved[name].dtype)} in it, and {described} in this run"
     else:
         return
     raise ArtifactError(
@@ -217,8 +240,20 @@ def _check_groups(snapshot: Snapshot, optimizer: Optimizer, weights: Mapping[str
         )
 
 
-def _described(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} in {str(tensor.dtype).removeprefix('torch.')}"
+def _described(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{list(shape)} in {str(dtype).removeprefix('torch.')}"
+
+
+def _whole_shape(weight: Tensor) -> torch.Size:
+    """Of the adapter's tensor, of which this worker may hold a part."""
+    place = owned(weight)
+    return place.whole_shape(weight) if place else weight.shape
+
+
+def _part(whole: Tensor, weight: Tensor) -> Tensor:
+    """What this worker holds in `weight` of such a tensor."""
+    place = owned(weight)
+    return place.part(whole) if place else whole
 
 
 def _adapter_config(model: PeftModel) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from training.config import LoraConfig
 from training.modeling.base import peft_config
+from training.modeling.expert_parallel import own
 from training.modeling.experts import EXPERTS, ExpertFactors
 from training.modeling.packed import presenting_logical_shapes
 
@@ -54,7 +55,9 @@ class ParamWrapper(PeftParamWrapper):  # type: ignore[misc]
 
 
 def attach_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """`model` with new adapters, in fp32.
+    """`model` with new adapters, in fp32, the same for a seed however workers share the base.
+
+    Of experts that workers share out each worker keeps the adapters of its own; `expert_parallel.owned` tells which.
 
     Raises:
         ValueError: `expert_layers` names a layer that the model does not have.
@@ -79,6 +82,16 @@ def _prepare(adapted: PeftModel, dropout: float) -> PeftModel:
         if isinstance(module, PeftParamWrapper) and ours:
             module.__class__ = ParamWrapper
             module.dropout = dropout
+            _keep_own(module)
         elif isinstance(module, Linear) and dropout:
             module.lora_dropout[ADAPTER] = torch.nn.Dropout(dropout)
     return adapted
+
+
+def _keep_own(wrapper: ParamWrapper) -> None:
+    """Of the factors for all experts those for this worker's, where it holds a share of them."""
+    experts = wrapper.get_base_layer()
+    share = getattr(experts, "share", None)
+    if share is not None:
+        for dimension, factor in enumerate((wrapper.lora_A[ADAPTER], wrapper.lora_B[ADAPTER])):
+            factor.weight = own(factor.weight, share, experts.num_experts, dimension)

@@ -15,13 +15,16 @@ from cluster.artifacts import check_checkpoint
 from cluster.model import ATTENTION_LINEARS, EXPERT_PARAMETERS
 from training.config import LoraConfig, ModelConfig
 from training.modeling.attention import implementation
+from training.modeling.expert_parallel import ExpertShare
 from training.modeling.experts import EXPERTS
 from training.modeling.loading import load_dense, load_packed
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def load_base(config: ModelConfig, device: torch.device, mesh: DeviceMesh | None = None) -> GptOssForCausalLM:
+def load_base(
+    config: ModelConfig, device: torch.device, mesh: DeviceMesh | None = None, share: ExpertShare | None = None
+) -> GptOssForCausalLM:
     """The base model on `device`, in evaluation mode, its experts in memory as `config.base_precision` says.
 
     With "mxfp4" they are `PackedExperts`, read by `loading.load_packed`; else the model is transformers' own, packed
@@ -31,20 +34,21 @@ def load_base(config: ModelConfig, device: torch.device, mesh: DeviceMesh | None
         config: of the model.
         device: of this worker.
         mesh: workers over which the layers are sharded, by `sharding.shard_layers`; None keeps them whole.
+        share: of each layer's experts, where workers have different ones; see `expert_parallel`. Not beside a mesh.
 
     Raises:
         ArtifactError: the checkpoint lacks a file or a tensor, or one is of the wrong shape or corrupted.
-        ValueError: `config.attention` needs a GPU, or a dense base to be sharded has experts of transformers' own.
+        ValueError: `config.attention` needs a GPU, or a dense base to be shared has experts of transformers' own.
     """
     chosen = {"attention": implementation(config.attention, device), "experts": config.experts}
     if config.base_precision == "mxfp4":
-        model = load_packed(config.path, DTYPES[config.precision], device, **chosen, mesh=mesh)
-    elif mesh is None:
+        model = load_packed(config.path, DTYPES[config.precision], device, **chosen, mesh=mesh, share=share)
+    elif mesh is None and share is None:
         model = _load_dense(config, device)
     elif config.experts != EXPERTS or config.kernels:
         raise ValueError(f'a sharded base needs model.experts = "{EXPERTS}" and model.kernels = false')
     else:
-        model = load_dense(config.path, DTYPES[config.precision], device, **chosen, mesh=mesh)
+        model = load_dense(config.path, DTYPES[config.precision], device, **chosen, mesh=mesh, share=share)
     model.config.use_cache = False
     return model
 

@@ -12,6 +12,7 @@ from cluster.model import Checkpointing
 from training.config import TrainingConfig
 from training.modeling.adapters import attach_adapters
 from training.modeling.base import load_base
+from training.modeling.expert_parallel import ExpertShare
 from training.modeling.isolation import isolate_documents
 from training.modeling.sharding import ignore_frozen, is_sharded
 
@@ -20,23 +21,29 @@ SHAPES = 64
 
 
 def build_model(
-    config: TrainingConfig, device: torch.device, checkpointing: Checkpointing, mesh: DeviceMesh | None = None
+    config: TrainingConfig,
+    device: torch.device,
+    checkpointing: Checkpointing,
+    mesh: DeviceMesh | None = None,
+    share: ExpertShare | None = None,
 ) -> PeftModel:
     """Load the base on `device`, put new adapters on it and prepare it for training.
 
-    DistributedDataParallel may wrap what is returned, and will broadcast and average the adapters alone.
+    DistributedDataParallel may wrap what is returned, and will broadcast and average the adapters alone, and of those
+    the ones that all workers hold.
 
     Args:
         config: of the run.
         device: of this worker.
         checkpointing: what the backward pass computes again; see `training.strategy.choose_strategy`.
         mesh: workers over which the base's layers are sharded; see `sharding.sharding_mesh`. None keeps them whole.
+        share: of each layer's experts, and of their adapters, that this worker holds; None gives it all of them.
 
     Raises:
         ArtifactError: the checkpoint is incomplete or corrupted.
         ValueError: the adapters name layers that the model does not have.
     """
-    model = attach_adapters(load_base(config.model, device, mesh), config.lora)
+    model = attach_adapters(load_base(config.model, device, mesh, share), config.lora)
     prepare(model, checkpointing, compiled=config.compiled)
     ignore_frozen(model)
     return model

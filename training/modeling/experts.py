@@ -20,10 +20,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.compiler
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import training.modeling.experts_ops  # noqa: F401  (registers torch.ops.raysoner.experts)
-from training.modeling.experts_ops import CHUNK_TOKENS
+from training.modeling.expert_load import EXPERT_LOAD
+from training.modeling.expert_parallel import BringRowsBack, Dispatch, ExpertShare, OverWorkers, SendRows
+from training.modeling.experts_ops import CHUNK_TOKENS, chunk_of
 
 EXPERTS = "grouped_lora"
 """name in transformers' registry of experts implementations"""
@@ -51,7 +54,8 @@ def experts_forward(
 
     Args:
         module: `GptOssExperts` or `PackedExperts`. Its attribute `recompute`, if true, keeps no inner activations for
-            the backward pass.
+            the backward pass. Its attribute `share`, if there is one, says that it holds the parameters of that share
+            of its experts alone, and those of `factors` are of the same share; all workers must call it then.
         hidden_states: [T, H].
         router_indices: [T, K].
         routing_weights: [T, K].
@@ -60,7 +64,45 @@ def experts_forward(
     Raises:
         RuntimeError: the experts' own parameters require a gradient, which is not computed here.
     """
-    adapters = factors or {}
+    share: ExpertShare | None = getattr(module, "share", None)
+    given = (module, hidden_states, router_indices, routing_weights, factors or {})
+    return _run(*given, CHUNK_TOKENS) if share is None else _run_at_owners(*given, share)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the number of rows is another in each pass
+def _run_at_owners(
+    module: Any,
+    hidden_states: torch.Tensor,
+    router_indices: torch.Tensor,
+    routing_weights: torch.Tensor,
+    factors: dict[str, ExpertFactors],
+    share: ExpertShare,
+) -> torch.Tensor:
+    """The output [T, H] of experts that lie with their owners; the load that is seen is this worker's tokens'."""
+    dispatch = Dispatch.of(router_indices, module.num_experts, share)
+    if EXPERT_LOAD.on:
+        EXPERT_LOAD.see(dispatch.routing)
+    rows, weights = SendRows.apply(hidden_states, routing_weights, dispatch)
+    owned = {name: _over_workers(given, share.workers) for name, given in factors.items()}
+    with EXPERT_LOAD.paused():
+        results = _run(module, rows, dispatch.experts, weights, owned, chunk_of(1))
+    output: torch.Tensor = BringRowsBack.apply(results, dispatch)
+    return output
+
+
+def _over_workers(given: ExpertFactors, workers: int) -> ExpertFactors:
+    a, b = (OverWorkers.apply(factor, workers) for factor in (given.lora_a, given.lora_b))
+    return given._replace(lora_a=a, lora_b=b)
+
+
+def _run(
+    module: Any,
+    hidden_states: torch.Tensor,
+    router_indices: torch.Tensor,
+    routing_weights: torch.Tensor,
+    adapters: dict[str, ExpertFactors],
+    chunk_tokens: int,
+) -> torch.Tensor:
     first, second = adapters.get("gate_up_proj"), adapters.get("down_proj")
     dropout = first.dropout if first else second.dropout if second else 0.0
     active = dropout > 0 and module.training
@@ -81,7 +123,7 @@ def experts_forward(
         torch.randint(2**62, (1,)) if active else None,
         [first.scale if first else 0.0, second.scale if second else 0.0, dropout if active else 0.0],
         [float(module.alpha), float(module.limit)],
-        bool(getattr(module, "recompute", False)) or hidden_states.shape[0] > CHUNK_TOKENS,
+        bool(getattr(module, "recompute", False)) or hidden_states.shape[0] > chunk_tokens,
     )[0]
     return output
 

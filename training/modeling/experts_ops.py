@@ -18,6 +18,9 @@ from training.modeling.rows import Gate, Projection, activate, activate_backward
 CHUNK_TOKENS = 32768
 """tokens that pass through a layer's experts at once; longer inputs bound their transient memory by this"""
 
+ROWS_OF_A_TOKEN = 4
+"""in rows of other workers, which have one expert each, gpt-oss's `CHUNK_TOKENS` are so many times as many"""
+
 Parts = tuple[torch.Tensor | None, ...]
 
 
@@ -93,9 +96,9 @@ def experts(
     """
     parts = (gate_up, gate_up_scales, gate_up_bias, down, down_scales, down_bias)
     layer = Layer.of((*parts, gate_up_a, gate_up_b, down_a, down_b), seed, scales, gate, x.dtype)
-    output, kept = torch.empty_like(x), []
-    for start in range(0, max(1, x.shape[0]), CHUNK_TOKENS):
-        part = slice(start, start + CHUNK_TOKENS)
+    output, kept, chunk = torch.empty_like(x), [], chunk_of(weights.shape[1])
+    for start in range(0, max(1, x.shape[0]), chunk):
+        part = slice(start, start + chunk)
         routing = sort_by_expert(chosen[part], gate_up.shape[0])
         if EXPERT_LOAD.on:
             EXPERT_LOAD.see(routing)
@@ -104,6 +107,11 @@ def experts(
         if not recompute:
             kept.append(inner)
     return output, x.new_empty(0) if recompute else torch.cat(kept) if len(kept) > 1 else kept[0]
+
+
+def chunk_of(top_k: int) -> int:
+    """Length of the inputs with `top_k` experts each that pass at once."""
+    return CHUNK_TOKENS * (ROWS_OF_A_TOKEN if top_k == 1 else 1)
 
 
 def _up(layer: Layer, x: torch.Tensor, routing: Routing, start: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,10 +160,11 @@ def experts_backward(
     layer = Layer.of((*parts, *lora), seed, scales, gate, x.dtype)
     of_x, of_weights, top_k = torch.empty_like(x), torch.empty_like(weights), weights.shape[1]
     of_lora = [x.new_zeros(0) if factor is None else torch.zeros_like(factor) for factor in lora]
-    for start in range(0, max(1, x.shape[0]), CHUNK_TOKENS):
-        part = slice(start, start + CHUNK_TOKENS)
+    chunk = chunk_of(top_k)
+    for start in range(0, max(1, x.shape[0]), chunk):
+        part = slice(start, start + chunk)
         routing = sort_by_expert(chosen[part], gate_up.shape[0])
-        rows = slice(start * top_k, (start + CHUNK_TOKENS) * top_k)
+        rows = slice(start * top_k, (start + chunk) * top_k)
         inner = kept[rows] if kept.numel() else _up(layer, x[part], routing, start)[0]
         of_inner, of_weights[part] = _down_backward(
             layer, gradient[part].contiguous(), inner, weights[part], routing, start, of_lora[2:]

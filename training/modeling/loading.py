@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Gpt
 from cluster.artifacts import ArtifactError, check_checkpoint, some_of, tensor_files
 from cluster.model import EXPERT_PARAMETERS
 from training.data.places import first_line
+from training.modeling.expert_parallel import ExpertShare
 from training.modeling.mxfp4 import BLOCK, NAN_SCALE, dequantise, quantise
 from training.modeling.packed import PackedExperts
 from training.modeling.sharding import as_shard, own_rows, shard_layers
@@ -50,6 +51,7 @@ def load_packed(
     attention: str,
     experts: str,
     mesh: DeviceMesh | None = None,
+    share: ExpertShare | None = None,
 ) -> GptOssForCausalLM:
     """A gpt-oss checkpoint on `device`, in evaluation mode, with `PackedExperts`.
 
@@ -63,23 +65,31 @@ def load_packed(
         attention: name in transformers' registry of attention implementations.
         experts: name in transformers' registry of experts implementations; see `PackedExperts`.
         mesh: workers that the layers are sharded over, each of which reads its own rows; None keeps them whole.
+        share: of each layer's experts, which alone are read and held; None takes all of them. Not both.
 
     Raises:
         ArtifactError: the checkpoint cannot be downloaded, or a file or tensor of it is missing, of another shape,
             one too many or corrupted; the message names it.
     """
-    return _load(path, dtype, device, attention, experts, mesh, packed=True)
+    return _load(path, dtype, device, attention, experts, mesh, share, packed=True)
 
 
 def load_dense(
-    path: str, dtype: torch.dtype, device: torch.device, *, attention: str, experts: str, mesh: DeviceMesh
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    attention: str,
+    experts: str,
+    mesh: DeviceMesh | None = None,
+    share: ExpertShare | None = None,
 ) -> GptOssForCausalLM:
-    """A gpt-oss checkpoint sharded over `mesh`, in evaluation mode, its experts dense and in `dtype` like the rest.
+    """A gpt-oss checkpoint in shares over workers, in evaluation mode, its experts dense and in `dtype` like the rest.
 
     MXFP4 experts are dequantised on load, an expert at a time, and each worker does so with its own alone. Arguments
     and errors as in `load_packed`; whole dense models are transformers' `from_pretrained`'s.
     """
-    return _load(path, dtype, device, attention, experts, mesh, packed=False)
+    return _load(path, dtype, device, attention, experts, mesh, share, packed=False)
 
 
 def _load(
@@ -89,6 +99,7 @@ def _load(
     attention: str,
     experts: str,
     mesh: DeviceMesh | None,
+    share: ExpertShare | None,
     *,
     packed: bool,
 ) -> GptOssForCausalLM:
@@ -101,8 +112,10 @@ def _load(
     model = without_weights(config, dtype, attention, experts, packed=packed)
     if mesh is not None:
         shard_layers(model, mesh)
-    with Checkpoint(folder, device, _shares(model)) as checkpoint:
+    with Checkpoint(folder, device, _shares(model, share)) as checkpoint:
         _fill(model, checkpoint, dtype)
+    for layer in model.model.layers if share else ():
+        layer.mlp.experts.share = share
     # Computed on the CPU, as from_pretrained does: powers differ between devices in the last bit.
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
     if (folder / "generation_config.json").is_file():
@@ -289,9 +302,12 @@ def without_weights(
     return model
 
 
-def _shares(model: GptOssForCausalLM) -> dict[str, slice]:
-    """This worker's rows of the checkpoint's tensors that become sharded parameters; packed experts are two tensors."""
+def _shares(model: GptOssForCausalLM, share: ExpertShare | None) -> dict[str, slice]:
+    """This worker's rows of the checkpoint's tensors of which it holds a part; packed experts are two tensors."""
     shares = {name: own_rows(weight) for name, weight in model.named_parameters() if isinstance(weight, DTensor)}
+    if share is not None:
+        own = share.own(model.config.num_local_experts)
+        shares |= {name: own for name, _ in model.named_parameters() if ".mlp.experts." in name}
     for name in [name for name in shares if name.endswith(EXPERT_PARAMETERS)]:
         shares |= dict.fromkeys((f"{name}_blocks", f"{name}_scales"), shares[name])
     return shares
@@ -324,7 +340,7 @@ def _fill(model: GptOssForCausalLM, checkpoint: Checkpoint, dtype: torch.dtype) 
 
 
 def _put(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Put `tensor`, this worker's rows of it where it is sharded, in the place of the parameter `name`."""
+    """Put `tensor`, this worker's rows of it where it holds no more, in the place of the parameter `name`."""
     module, _, parameter = name.rpartition(".")
     old = model.get_parameter(name)
     value = as_shard(tensor, old) if isinstance(old, DTensor) else tensor

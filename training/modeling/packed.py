@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import GptOssConfig
@@ -89,13 +90,15 @@ class PackedExperts(GptOssExperts):  # type: ignore[misc]
 
 @contextmanager
 def presenting_logical_shapes(model: torch.nn.Module) -> Iterator[None]:
-    """Have PEFT see packed parameters as [E, in, out] while it makes or loads adapters.
+    """Have PEFT see packed parameters as [E, in, out], of all of a layer's experts, while it makes or loads adapters.
 
     PEFT's `ParamWrapper` takes a parameter's shape from the attribute `ds_shape` where there is one (DeepSpeed sets it
     on partitioned parameters), and sizes its factors by it. The attribute is gone when the block ends.
     """
-    packed = [module for module in model.modules() if isinstance(module, PackedExperts)]
-    presented = [(getattr(module, name), module.logical_shape(name)) for module in packed for name in EXPERT_PARAMETERS]
+    modules = [each for each in model.modules() if isinstance(each, PackedExperts) or hasattr(each, "share")]
+    presented = [
+        (getattr(module, name), _whole_shape(module, name)) for module in modules for name in EXPERT_PARAMETERS
+    ]
     for parameter, shape in presented:
         parameter.ds_shape = shape
     try:
@@ -103,3 +106,9 @@ def presenting_logical_shapes(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for parameter, _ in presented:
             del parameter.ds_shape
+
+
+def _whole_shape(module: Any, name: str) -> tuple[int, int, int]:
+    """(E, in, out) of a parameter of which this worker may hold a part, packed or not."""
+    held = module.logical_shape(name) if isinstance(module, PackedExperts) else getattr(module, name).shape
+    return module.num_experts, held[1], held[2]

@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GptOssForCausalLM
 
+from training.modeling.expert_parallel import owned
+
 FLOATS = {torch.uint8: torch.float8_e5m2}
 """floats of the size of an integer type"""
 
@@ -125,9 +127,10 @@ def ignore_frozen(model: torch.nn.Module) -> None:
     """Have DistributedDataParallel neither broadcast nor look at frozen parameters and buffers of `model`.
 
     It must be the very module that is wrapped afterwards. Each worker has read its frozen weights from the checkpoint,
-    so there is nothing to broadcast, and a sharded one cannot be. What is trained is still broadcast from rank 0.
+    so there is nothing to broadcast, and a sharded one cannot be. What is trained is still broadcast from rank 0, but
+    for adapters of experts that this worker alone has.
     """
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad or owned(parameter)]
     buffers = [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen + buffers)
 
