@@ -7,6 +7,9 @@ from typing import Any
 
 DISCOVERY = "prom_metrics_service_discovery.json"
 """file in the head's temporary folder that Ray keeps up to date with the nodes' metrics ports"""
+HEAD_PORTS = (44217, 44227)
+"""of the head's autoscaler and dashboard, which Ray lists beside the nodes; where two Rays share a host, the later one
+lists them and has them not"""
 JOB = "ray"
 RULES_FILE = "raysoner.rules.yml"
 SCRAPE_SECONDS = 10

@@ -165,7 +165,8 @@ CASES = [
         {
             'up{job="ray",instance="a:1"}': "1x20 0x20",
             'up{job="ray",instance="b:1"}': "1x40",
-            'up{job="x",instance="b"}': "0x40",
+            'up{job="ray",instance="a:44217"}': "0x40",
+            'up{job="another",instance="b:1"}': "0x40",
         },
         {"job": "ray", "instance": "a:1"},
         20,

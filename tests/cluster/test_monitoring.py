@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.autoscaler._private.constants import AUTOSCALER_METRIC_PORT
+from ray.dashboard.consts import DASHBOARD_METRIC_PORT
 
 from cluster.__main__ import main as cluster
 from cluster.config import load_files
@@ -22,7 +24,7 @@ from cluster.monitoring.alerts import alerts
 from cluster.monitoring.files import dashboards
 from cluster.monitoring.nodes import NODES_ID, UTILISATION_ID
 from cluster.monitoring.panels import WIDTH, Dashboard, Query, to_json
-from cluster.monitoring.prometheus import DISCOVERY, pod_monitor
+from cluster.monitoring.prometheus import DISCOVERY, HEAD_PORTS, pod_monitor
 from cluster.monitoring.series import (
     ALL_SERIES,
     RAY_METRICS,
@@ -108,6 +110,10 @@ def test_ray_has_the_metrics_that_are_used() -> None:
     )
     source = "".join((package / name).read_text(encoding="utf-8") for name in files)
     assert [name for name in RAY_METRICS if f'"{name}"' not in source] == []
+
+
+def test_ray_has_the_ports_that_are_no_node_s() -> None:
+    assert (AUTOSCALER_METRIC_PORT, DASHBOARD_METRIC_PORT) == HEAD_PORTS
 
 
 def test_a_wrong_name_or_kind_does_not_build() -> None:
