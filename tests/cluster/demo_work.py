@@ -35,13 +35,13 @@ def command(ray: LocalRay, log: Path, *words: object) -> Iterator[subprocess.Pop
         stop_tree(process)
 
 
-def training(folder: Path) -> list[str]:
+def training(folder: Path, run: str) -> list[str]:
     """Words of a run of two workers, with a held-out loss."""
     held_out = folder / "held-out.jsonl"
     with Path("training/demo/data/train.jsonl").open(encoding="utf-8") as lines:
         held_out.write_text("".join(islice(lines, 8)), encoding="utf-8")
     settings = {"run__maximum_steps": 4, "run__saving_steps": 100, "run__evaluation_steps": 2}
-    return short_run(folder / "runs", "monitored", data__evaluation=held_out, **settings)
+    return short_run(folder / "runs", run, data__evaluation=held_out, **settings)
 
 
 def search(folder: Path) -> list[str]:
@@ -59,9 +59,9 @@ def search(folder: Path) -> list[str]:
 
 
 @contextmanager
-def endpoint(ray: LocalRay, port: int) -> Iterator[str]:
+def endpoint(ray: LocalRay, port: int, application: str) -> Iterator[str]:
     """The demo's base model, served as `deploy` does it; its URL."""
-    where = ("--config", "serving/configs/demo.toml", "--endpoint.port", port)
+    where = ("--config", "serving/configs/demo.toml", "--endpoint.port", port, "--endpoint.application", application)
     model = ("--model.path", "training/demo/model", "--model.name", MODEL)
     done = run_python(ray, "-m", "serving", "deploy", *where, *model)
     assert done.code == 0, done.output

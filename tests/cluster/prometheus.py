@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +37,10 @@ def needed(program: str) -> str:
     return found
 
 
-def filled(expression: str) -> str:
-    """With all of each variable, as Grafana asks when nothing is chosen."""
-    return re.sub(r"\$(?!__)\w+", ".*", expression.replace("$__rate_interval", f"{WINDOW_SECONDS}s"))
+def filled(expression: str, chosen: Mapping[str, str] = {}) -> str:
+    """With what is chosen of each variable, and all where nothing is, as Grafana asks."""
+    whole = expression.replace("$__rate_interval", f"{WINDOW_SECONDS}s")
+    return re.sub(r"\$(\w+)", lambda name: chosen.get(name[1], ".*"), whole)
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,20 @@ class Prometheus:
     began: float
     log: Path
 
-    def graph(self, expression: str) -> list[list[float]]:
+    def graph(self, expression: str, chosen: Mapping[str, str] = {}) -> list[list[float]]:
         """As a panel of Grafana asks since the beginning: the numbers of each series, those that are none left out."""
         span = {"start": self.began, "end": time.time(), "step": STEP_SECONDS}
-        found = self._ask("query_range", {"query": filled(expression), **span})
+        found = self._ask("query_range", {"query": filled(expression, chosen), **span})
         return [
             numbers
             for each in found["result"]
             if (numbers := [number for _, text in each["values"] if math.isfinite(number := float(text))])
         ]
 
-    def value(self, expression: str) -> float | None:
-        """What a query that gives one series gives now."""
+    def values(self, expression: str, label: str) -> dict[str, float]:
+        """What a query gives now, by one of the series' labels."""
         found = self._ask("query", {"query": expression})["result"]
-        return float(found[0]["value"][1]) if len(found) == 1 else None
+        return {each["metric"][label]: float(each["value"][1]) for each in found}
 
     def rules(self) -> list[dict[str, Any]]:
         """The alerts that it has loaded, each with `health` and `lastError`."""

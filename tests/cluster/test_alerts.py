@@ -20,16 +20,20 @@ MINUTES = 40
 
 @dataclass(frozen=True)
 class Case:
-    """Series in promtool's notation and, for an alert, the labels with which it fires at the end and is silent before.
+    """What an alert is played.
 
-    What is named `well`, `good` or `b` in the series must not fire.
+    Args:
+        alert: its name.
+        series: in promtool's notation, some of them just inside the limits.
+        fires: labels of the one alert there is at the end.
+        silent_minute: at which it waits still whether that lasts.
+        minute: of the end.
     """
 
     alert: str
     series: dict[str, str]
     fires: dict[str, str]
     silent_minute: int
-    """at which it does not fire yet"""
     minute: int = MINUTES
 
 
@@ -41,11 +45,11 @@ def requests(application: str, status: int, values: str) -> dict[str, str]:
     return {f'ray_raysoner_serving_requests_total{{application="{application}",status="{status}"}}': values}
 
 
-def first_tokens(application: str, slow: str) -> dict[str, str]:
-    """A choice each second; those of `slow` took between 10 and 20 s, the others less than 1."""
+def first_tokens(application: str, all_of_them: str, *, over: int) -> dict[str, str]:
+    """Sixty choices a minute began within a second; what `all_of_them` has beyond them, within `over` to twice that."""
     name = "ray_raysoner_serving_first_token_seconds_bucket"
     fast = "0+60x40"
-    series = {"1": fast, "10": fast, "20": slow, "+Inf": slow}
+    series = {"1": fast, str(over): fast, str(2 * over): all_of_them, "+Inf": all_of_them}
     return {f'{name}{{application="{application}",le="{bound}"}}': values for bound, values in series.items()}
 
 
@@ -64,11 +68,11 @@ CASES = [
         step("bad", "0+1x40")
         | step("well", "0+1x40")
         | {
-            'ray_raysoner_training_loss{run="bad"}': "1x20 _x20",
+            'ray_raysoner_training_loss{run="bad"}': "1x20 stale",
             'ray_raysoner_training_loss{run="well"}': "1x40",
         },
         {"run": "bad"},
-        20,
+        22,
     ),
     Case(
         "TrainingStepsSkipped",
@@ -84,7 +88,7 @@ CASES = [
         "TrainingWaitsForData",
         {
             'ray_raysoner_training_data_wait{run="bad",rank="0"}': "0.1x40",
-            'ray_raysoner_training_data_wait{run="bad",rank="1"}': "0.1x15 0.5x25",
+            'ray_raysoner_training_data_wait{run="bad",rank="1"}': "0.1x15 0.25x25",
             'ray_raysoner_training_data_wait{run="well",rank="0"}': "0.15x20 0.9 0.15x20",
         },
         {"run": "bad"},
@@ -92,28 +96,30 @@ CASES = [
     ),
     Case(
         "TuningTrialsUseless",
-        trials("m", "H100", "measured", "1x40")
+        trials("m", "H100", "measured", "2x40")
         | trials("m", "H100", "hung", "_x20 1x20")
-        | trials("m", "L40S", "out_of_memory", "0+1x40")
-        | trials("m", "L40S", "died", "0x30 1x10"),
+        | trials("m", "H100", "died", "_x20 2x20")
+        | trials("m", "L40S", "out_of_memory", "3x40")
+        | trials("m", "L40S", "failed", "_x20 2x20"),
         {"model": "m", "gpu_type": "H100"},
         24,
+        30,
     ),
     Case(
         "ServingErrors",
         requests("bad", 200, "0+9x40")
-        | requests("bad", 500, "0x20 0+1x20")
-        | requests("good", 200, "0+99x40")
-        | requests("good", 503, "0+1x40")
+        | requests("bad", 500, "0x20 0+5x20")
+        | requests("good", 200, "0+96x40")
+        | requests("good", 503, "0+4x40")
         | requests("idle", 500, "5x40"),
         {"application": "bad"},
-        20,
+        23,
     ),
     Case(
         "ServingFirstTokenSlow",
-        first_tokens("bad", "0+60x20 1260+66x20") | first_tokens("good", "0+61x40"),
+        first_tokens("bad", "0+60x20 1260+90x20", over=10) | first_tokens("good", "0+60x20 1260+90x20", over=5),
         {"application": "bad"},
-        20,
+        26,
     ),
     Case(
         "ServingQueueOld",
@@ -137,16 +143,16 @@ CASES = [
     Case(
         "ServingNoReplicas",
         {
-            'ray_raysoner_serving_running{application="gone",replica="a"}': "1x20 _x20",
+            'ray_raysoner_serving_running{application="gone",replica="a"}': "1x20 stale",
             'ray_serve_application_status{application="gone"}': "6x20 2x20",
             'ray_raysoner_serving_running{application="well",replica="a"}': "1x40",
             'ray_serve_application_status{application="well"}': "5x40",
-            'ray_raysoner_serving_running{application="none",replica="a"}': "1x20 _x20",
+            'ray_raysoner_serving_running{application="none",replica="a"}': "1x20 stale",
             'ray_serve_application_status{application="none"}': "6x40",
             'ray_serve_application_status{application="not-ours"}': "2x40",
         },
         {"application": "gone"},
-        20,
+        21,
     ),
     Case(
         "ServingReplicaLost",
@@ -158,7 +164,7 @@ CASES = [
             'ray_serve_deployment_status{application="not-ours",deployment="replica"}': "2x40",
         },
         {"application": "bad", "deployment": "replica"},
-        20,
+        21,
     ),
     Case(
         "NodeUnreachable",
@@ -169,7 +175,7 @@ CASES = [
             'up{job="another",instance="b:1"}': "0x40",
         },
         {"job": "ray", "instance": "a:1"},
-        20,
+        21,
     ),
     Case(
         "NodeGpuMemoryFull",
@@ -201,7 +207,7 @@ CASES = [
         node("node_disk_utilization_percentage", "a", "91x20 98x20")
         | node("node_disk_utilization_percentage", "b", "96.5x40"),
         {"ip": "a"},
-        20,
+        21,
     ),
 ]
 BY_NAME = {alert.name: alert for alert in alerts()}
