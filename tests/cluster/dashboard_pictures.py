@@ -81,13 +81,30 @@ def take(page: Page, url: str, picture: Picture, path: Path) -> None:
 def pictures(job: str) -> dict[str, Picture]:
     """By the name of their file."""
     return {
-        "jobs": Picture("/jobs", "RUNNING", 520, lambda page: fill(page, "Submission ID", job)),
-        "job": Picture(f"/jobs/{job}", "Running:", 1080),
-        "cluster": Picture("/cluster", "RayTrainWorker", 1200),
-        "actors": Picture("/actors", "RayTrainWorker", 480, lambda page: fill(page, "Class", "RayTrainWorker")),
+        "jobs": Picture("/jobs", "RUNNING", 540, lambda page: fill(page, "Submission ID", job)),
+        "job": Picture(f"/jobs/{job}", "Running:", 1080, newest_first),
+        "cluster": Picture("/cluster", "RayTrainWorker", 780, processes),
+        "actors": Picture("/actors", "RayTrainWorker", 510, lambda page: fill(page, "Class", "RayTrainWorker")),
         "serve": Picture("/serve", "raysoner", 590),
-        "logs": Picture("/logs", "job-driver", 700, lambda page: page.get_by_text("Node ID:").first.click()),
+        "logs": Picture("/logs", r"worker-.*\.out", 470, logs),
     }
+
+
+def newest_first(page: Page) -> None:
+    """Turns the log round."""
+    page.get_by_text("Reverse:").first.wait_for()
+    page.get_by_role("checkbox").last.click()
+
+
+def processes(page: Page) -> None:
+    """Moves down to those of the run."""
+    page.get_by_text("RayTrainWorker").last.scroll_into_view_if_needed()
+
+
+def logs(page: Page) -> None:
+    """Of the one node, those of workers, whose names have the number of a job."""
+    page.get_by_text("Node ID:").first.click()
+    fill(page, "File Name", "000-")
 
 
 def fill(page: Page, label: str, text: str) -> None:
