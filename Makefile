@@ -4,7 +4,7 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test chromium test-faults soak check style types configs bench clean
+.PHONY: demo test chromium prometheus test-faults soak check style types configs bench clean
 
 # Fine-tune on two workers, merge, serve, and ask held-out questions over HTTP.
 demo: .venv/installed
@@ -13,7 +13,7 @@ demo: .venv/installed
 # Everything that must hold: check, then all other tests, three files at a time: most wait for processes to start, so that
 # two leave a third of two cores idle.
 test: .venv/installed
-	$(MAKE) -j 3 --output-sync --no-print-directory chromium style types configs
+	$(MAKE) -j 3 --output-sync --no-print-directory chromium prometheus style types configs
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/test_configs.py
 
 # For the playground's tests: Debian's Chromium, where this may install it; they are skipped where there is none.
@@ -21,6 +21,12 @@ chromium:
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 		&& { timeout 120 apt-get update; DEBIAN_FRONTEND=noninteractive timeout 600 \
 		apt-get install -y --no-install-recommends chromium fonts-noto-core fonts-noto-cjk; } >/dev/null 2>&1; } || true
+
+# For the tests of monitoring: the programs of Debian's Prometheus, in .venv, since its package would start a service.
+prometheus: .venv/installed | chromium
+	@command -v promtool >/dev/null || [ -x $(BIN)/promtool ] || { cd .venv && command -v apt-get >/dev/null \
+		&& { timeout 120 apt-get update; timeout 600 apt-get download prometheus && dpkg -x prometheus_*.deb debian \
+		&& mv debian/usr/bin/prom* bin; rm -rf debian prometheus_*.deb; } >/dev/null 2>&1; } || true
 
 # The long form of the fault tests: twenty killed workers in one run, figures kept in tests/benchmarks/results.
 test-faults: .venv/installed

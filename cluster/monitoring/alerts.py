@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cluster.monitoring import nodes, serving, training, tuning
-from cluster.monitoring.prometheus import JOB
+from cluster.monitoring.prometheus import HEAD_PORTS, JOB
 from cluster.monitoring.series import RAY_SERIES as RAY
 from cluster.monitoring.series import RUNNING_STATUS, UNHEALTHY_STATUS
 from cluster.monitoring.series import SERVING_SERIES as SERVING
@@ -173,7 +173,7 @@ def _nodes() -> list[Alert]:
     return [
         Alert(
             "NodeUnreachable",
-            f'up{{job="{JOB}"}} == 0',
+            f'up{{job="{JOB}",instance!~".*:({"|".join(map(str, HEAD_PORTS))})"}} == 0',
             "1m",
             "critical",
             "The metrics of node {{ $labels.instance }} cannot be scraped.",

@@ -7,6 +7,9 @@ from typing import Any
 
 DISCOVERY = "prom_metrics_service_discovery.json"
 """file in the head's temporary folder that Ray keeps up to date with the nodes' metrics ports"""
+HEAD_PORTS = (44217, 44227)
+"""of the head's autoscaler and dashboard, which Ray lists beside the nodes; where two Rays share a host, the later one
+lists them and has them not"""
 JOB = "ray"
 RULES_FILE = "raysoner.rules.yml"
 SCRAPE_SECONDS = 10
@@ -35,19 +38,28 @@ def prometheus_config(temp_dir: str, scrape_seconds: int = SCRAPE_SECONDS) -> di
 
 
 def pod_monitor(namespace: str) -> dict[str, Any]:
-    """The Prometheus Operator's PodMonitor of all pods that KubeRay made in a namespace, heads and workers."""
+    """The Prometheus Operator's PodMonitor of all pods that KubeRay made in a namespace, heads and workers.
+
+    The labels are those that Ray's documentation names for it (Using Prometheus and Grafana, of KubeRay). The pod that
+    empties Redis after a cluster has gone is labelled `ray.io/is-ray-node` too, and serves no metrics.
+    """
+    every = f"{SCRAPE_SECONDS}s"
+    cluster = {"sourceLabels": ["__meta_kubernetes_pod_label_ray_io_cluster"], "targetLabel": "ray_io_cluster"}
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PodMonitor",
         "metadata": {"name": "raysoner", "namespace": namespace, "labels": {"release": "prometheus"}},
         "spec": {
             "namespaceSelector": {"matchNames": [namespace]},
-            "selector": {"matchLabels": {"ray.io/is-ray-node": "yes"}},
+            "selector": {
+                "matchExpressions": [{"key": "ray.io/node-type", "operator": "In", "values": ["head", "worker"]}]
+            },
             "podMetricsEndpoints": [
                 {
                     "port": "metrics",
-                    "interval": f"{SCRAPE_SECONDS}s",
-                    "relabelings": [{"targetLabel": "job", "replacement": JOB}],
+                    "interval": every,
+                    "scrapeTimeout": every,
+                    "relabelings": [{"targetLabel": "job", "replacement": JOB}, cluster],
                 }
             ],
         },

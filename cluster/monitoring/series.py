@@ -69,9 +69,13 @@ class Series:
         """Of a counter, how much it grows in a second."""
         return f"rate({self._select('counter', '_total', matchers)}[{window}])"
 
-    def increase(self, *matchers: str, window: str) -> str:
-        """Of a counter, how much it grew in the window."""
-        return f"increase({self._select('counter', '_total', matchers)}[{window}])"
+    def grown(self, *matchers: str, window: str) -> str:
+        """Of a counter, how much it grew in the window, its first count included.
+
+        Ray shows no counter before it has counted something, and `increase` knows nothing of what a series began with:
+        where things are as rare as trials, that is much of it.
+        """
+        return _grown(self._select("counter", "_total", matchers), window)
 
     def buckets(self, *matchers: str, by: str = "", window: str = RATE_WINDOW) -> str:
         """Of a histogram, values in a second by upper bound, for a heat map."""
@@ -82,10 +86,15 @@ class Series:
         """Of a histogram, the value that a share of the values lies under."""
         return f"histogram_quantile({share:g}, {self.buckets(*matchers, by=by, window=window)})"
 
-    def mean(self, *matchers: str, by: str, window: str = RATE_WINDOW) -> str:
-        """Of a histogram, the mean of the values in the window."""
-        total = f"sum by ({by}) (rate({self._select('histogram', '_sum', matchers)}[{window}]))"
-        return f"{total} / sum by ({by}) (rate({self._select('histogram', '_count', matchers)}[{window}]))"
+    def rare_quantile(self, share: float, *matchers: str, by: str, window: str) -> str:
+        """The same of a histogram of few values, as `grown` counts them."""
+        grown = _grown(self._select("histogram", "_bucket", matchers), window)
+        return f"histogram_quantile({share:g}, sum by (le, {by}) ({grown}))"
+
+    def rare_mean(self, *matchers: str, by: str, window: str) -> str:
+        """The mean of a histogram of few values in the window, as `grown` counts them."""
+        total, count = (_grown(self._select("histogram", end, matchers), window) for end in ("_sum", "_count"))
+        return f"sum by ({by}) ({total}) / sum by ({by}) ({count})"
 
     def _select(self, kind: str, ending: str, matchers: tuple[str, ...]) -> str:
         if self.metric.kind != kind:
@@ -97,6 +106,12 @@ class Series:
         """All names under which Prometheus has it."""
         endings = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
         return tuple(self.name + ending for ending in endings[self.metric.kind])
+
+
+def _grown(selector: str, window: str) -> str:
+    """A counter that began anew, with its node, counts as if it had not grown."""
+    before = f"({selector} offset {window} or 0 * {selector})"
+    return f"clamp_min({selector} - {before}, 0)"
 
 
 def _series(prefix: str, metrics: Mapping[str, Metric], labels: tuple[str, ...]) -> dict[str, Series]:

@@ -23,8 +23,8 @@ def _largest(name: str) -> str:
 
 def useless_share(*matchers: str) -> str:
     """Of the trials that ended in the window, the share that hung, died or failed."""
-    ended = f"sum by ({_BY}) ({TUNING['trials'].increase(*matchers, window=WINDOW)})"
-    useless = f"sum by ({_BY}) ({TUNING['trials'].increase(USELESS, *matchers, window=WINDOW)})"
+    ended = f"sum by ({_BY}) ({TUNING['trials'].grown(*matchers, window=WINDOW)})"
+    useless = f"sum by ({_BY}) ({TUNING['trials'].grown(USELESS, *matchers, window=WINDOW)})"
     return f"({useless} or 0 * {ended}) / {ended}"
 
 
@@ -88,7 +88,7 @@ def _health() -> tuple[Panel, ...]:
 
 
 def _trials() -> tuple[Panel, ...]:
-    ended = f"sum by ({_BY}, outcome) ({TUNING['trials'].increase(*_ON, window=WINDOW)})"
+    ended = f"sum by ({_BY}, outcome) ({TUNING['trials'].grown(*_ON, window=WINDOW)})"
     return (
         Panel(
             "Trials that ended in half an hour, by outcome",
@@ -112,8 +112,8 @@ def _trials() -> tuple[Panel, ...]:
             "Seconds of a trial",
             "From its start to its end, compilation and all.",
             (
-                Query(TUNING["trial_seconds"].mean(*_ON, by=_BY, window=WINDOW), f"{_LEGEND} mean"),
-                Query(TUNING["trial_seconds"].quantile(0.95, *_ON, by=_BY, window=WINDOW), f"{_LEGEND} 95 %"),
+                Query(TUNING["trial_seconds"].rare_mean(*_ON, by=_BY, window=WINDOW), f"{_LEGEND} mean"),
+                Query(TUNING["trial_seconds"].rare_quantile(0.95, *_ON, by=_BY, window=WINDOW), f"{_LEGEND} 95 %"),
             ),
             unit="s",
         ),
