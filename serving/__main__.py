@@ -1,4 +1,4 @@
-"""python -m serving deploy | status | ask | chat | bench | batch | keys | stop"""
+"""python -m serving deploy | status | ask | chat | bench | batch | evaluate | keys | stop"""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def main(arguments: Sequence[str]) -> int:
         "chat": _chat,
         "bench": _bench,
         "batch": _batch,
+        "evaluate": _evaluate,
         "keys": _keys,
         "stop": _stop,
     }
@@ -42,10 +43,12 @@ _USAGE = """usage: python -m serving VERB ...
   chat [--url URL]                   hold a conversation with an endpoint
   bench --url URL [--rate R]         put load on an endpoint and report latencies and throughput
   batch IN OUT --config FILE         answer a file of prompts without an endpoint
+  evaluate --target WHERE --suite S  measure languages, answers and channels, and compare targets
   keys ...                           make, list and revoke API keys
   stop --config FILE                 take the application off the cluster
 
-Each verb explains its flags with --help. OPENAI_API_KEY holds the API key for status, ask, chat and bench."""
+Each verb explains its flags with --help. OPENAI_API_KEY holds the API key for status, ask, chat, bench and
+evaluate."""
 
 
 def _deploy(arguments: Sequence[str]) -> int:
@@ -103,6 +106,12 @@ def _bench(arguments: Sequence[str]) -> int:
 
 def _batch(arguments: Sequence[str]) -> int:
     from serving.batch import command
+
+    return command.main(arguments)
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    from serving.evaluation import command
 
     return command.main(arguments)
 
