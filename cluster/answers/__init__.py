@@ -1,4 +1,4 @@
-"""Is an answer right? Numbers as the world writes them, and words: pure functions that whoever grades answers shares."""
+"""Is an answer right? Numbers as the world writes them, and words: what all who mark answers share."""
 
 from __future__ import annotations
 

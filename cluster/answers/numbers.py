@@ -1,8 +1,8 @@
 """Numbers in running text, in any script's digits and in the formats that languages write them in.
 
 Understood are decimal digits of every script; `1,234.5`, `1.234,5`, `1 234,5`, `1'234.5`, `1,23,456.7` and `١٬٢٣٤٫٥`;
-signs; percentages; fractions as `3/4`, `2 1/2`, `2½` and `\\frac{3}{4}`; `1.5e6` and `3 × 10^5`; the multipliers of Chinese,
-Japanese and Korean as in `3万5千`; and in Chinese and Japanese numerals such as `四十二`, where the text has no digits.
+signs; percentages; fractions as `3/4`, `2 1/2`, `2½` and `\\frac{3}{4}`; `1.5e6` and `3 × 10^5`; the multipliers of
+Chinese, Japanese and Korean as in `3万5千`; and numerals of the first two such as `四十二`, in a text without digits.
 
 Of `1.234` the language decides whether it is a thousand or one; the other reading is kept beside it, since models write
 numbers of one language in sentences of another.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
+from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import cache
@@ -25,15 +26,23 @@ LONGEST_DIGITS = 300
 LARGEST_EXPONENT = 300
 
 _DECIMAL_COMMA = frozenset(
-    "fr de es pt pt-BR it nl pl ru uk tr vi id sv da nb fi cs sk hu ro bg el hr sr sl lt lv et ca".split()
+    (
+        *("fr", "de", "es", "pt", "pt-BR", "it", "nl", "pl", "ru", "uk", "tr", "vi", "id", "sv", "da", "nb", "fi"),
+        *("cs", "sk", "hu", "ro", "bg", "el", "hr", "sr", "sl", "lt", "lv", "et", "ca"),
+    )
 )
-_SPACED_GROUPS = frozenset("fr pt ru uk sv nb fi cs sk pl hu bg lt lv et".split())
+_SPACED_GROUPS = frozenset(["fr", "pt", "ru", "uk", "sv", "nb", "fi", "cs", "sk", "pl", "hu", "bg", "lt", "lv", "et"])
 _IDEOGRAPHIC = frozenset({"ja", "zh", "zh-Hant", "ko"})
 
 _DIGITS = {
     code: str(unicodedata.decimal(chr(code))) for code in range(128, sys.maxunicode + 1) if chr(code).isdecimal()
 }
-_PLAIN = _DIGITS | {ord(each): "." for each in "．｡"} | {ord(each): "-" for each in "−－﹣"} | {ord("／"): "/", ord("⁄"): "/"}
+_PLAIN = (
+    _DIGITS
+    | {ord(each): "." for each in "．｡"}
+    | {ord(each): "-" for each in "−－﹣"}
+    | {ord("／"): "/", ord("⁄"): "/"}
+)
 """digits of all scripts, and signs that are written otherwise in some of them"""
 _GROUPS = "٬'’，\u00a0\u202f\u2009"
 """marks between groups of three digits and nowhere else in a number"""
@@ -69,7 +78,7 @@ def read_numbers(text: str, language: str | None = None) -> list[Number]:
 
 
 def read_number(text: str, language: str | None = None) -> Number | None:
-    """The number that `text` is, with nothing beside it but a currency or a unit; None where it holds none or several."""
+    """The number that `text` is, with a currency or a unit at most; None where it holds none, or several."""
     found = read_numbers(text, language)
     return found[0] if len(found) == 1 else None
 
@@ -80,10 +89,7 @@ def final_number(text: str, language: str | None = None) -> Number | None:
         text = boxed[-1]
     elif "####" in text:
         text = text.rpartition("####")[2]
-    last = None
-    for last in _found(text, language):
-        pass
-    return last
+    return next(iter(deque(_found(text, language), maxlen=1)), None)
 
 
 def same_number(one: Number, other: Number, tolerance: Fraction = Fraction(0)) -> bool:
@@ -205,7 +211,10 @@ def _readings(body: str, language: str | None) -> list[tuple[Fraction, ...]]:
 
 def _is_grouped(digits: str) -> bool:
     """Whether marks of one kind stand between groups of three, or of two before the last three as in India."""
-    return re.fullmatch(r"\d{1,3}(?:([.,\0])\d{3}(?:\1\d{3})*)|\d{1,2}(?:(,)\d{2}(?:,\d{2})*)?,\d{3}|\d+", digits) is not None
+    return (
+        re.fullmatch(r"\d{1,3}(?:([.,\0])\d{3}(?:\1\d{3})*)|\d{1,2}(?:(,)\d{2}(?:,\d{2})*)?,\d{3}|\d+", digits)
+        is not None
+    )
 
 
 def _plain(digits: str) -> tuple[Fraction, ...]:

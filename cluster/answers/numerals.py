@@ -5,11 +5,20 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-_ONES = {character: value for value, characters in enumerate(("〇零", "一壱", "二兩两弐", "三参", *"四五六七八九")) for character in characters}
+LONGEST = 300
+"""characters of a numeral that is read"""
+
+_ONES = {
+    character: value
+    for value, characters in enumerate(("〇零", "一壱", "二兩两弐", "三参", *"四五六七八九"))
+    for character in characters
+}
 _TENS = {"十": 10, "拾": 10, "百": 100, "千": 1000, "십": 10, "백": 100, "천": 1000}
 _MYRIADS = {"万": 10**4, "萬": 10**4, "만": 10**4, "亿": 10**8, "億": 10**8, "억": 10**8, "兆": 10**12}
 _UNITS = "".join((*_TENS, *_MYRIADS))
-_MIXED = re.compile(rf"(?<![\d.,])\d[\d,]*(?:\.\d+)?[{_UNITS}](?:\s?\d[\d,]*(?:\.\d+)?[{_UNITS}]|[{_UNITS}])*(?:\s?\d+(?![\d.,]))?")
+_MIXED = re.compile(
+    rf"(?<![\d.,])\d[\d,]*(?:\.\d+)?[{_UNITS}](?:\s?\d[\d,]*(?:\.\d+)?[{_UNITS}]|[{_UNITS}])*(?:\s?\d+(?![\d.,]))?"
+)
 """digits with multipliers; what follows the last of them may be bare digits"""
 _PURE = re.compile(rf"[{''.join(_ONES)}十百千万萬亿億兆]+(?:点[{''.join(_ONES)}]+)?")
 _PIECE = re.compile(rf"(\d[\d,]*(?:\.\d+)?)|([{''.join(_ONES)}])|([{''.join(_TENS)}])|([{''.join(_MYRIADS)}])")
@@ -21,7 +30,7 @@ def cjk_value(text: str) -> str | None:
     Numerals without any digit are read only in a text that has no digits at all, since 一 is in words too.
     """
     if any(character in text for character in _UNITS):
-        read = _MIXED.sub(lambda found: _written(_value(found[0])), text)
+        read = _MIXED.sub(lambda found: _mixed(found[0]), text)
         if read != text:
             return read
     if any(character.isdecimal() for character in text):
@@ -30,11 +39,15 @@ def cjk_value(text: str) -> str | None:
     return read if read != text else None
 
 
+def _mixed(numeral: str) -> str:
+    return numeral if len(numeral) > LONGEST else _written(_value(numeral))
+
+
 def _pure(numeral: str) -> str:
     whole, _, decimals = numeral.partition("点")
     digits = "".join(str(_ONES[character]) for character in decimals)
     if all(character in _ONES for character in whole):
-        read = str(int("".join(str(_ONES[character]) for character in whole)))
+        read = "".join(str(_ONES[character]) for character in whole)
     else:
         read = _written(_value(whole))
     return f" {read}{'.' + digits if digits else ''} "

@@ -34,7 +34,7 @@ def normalised(text: str) -> str:
     kept = []
     for character in text:
         category = unicodedata.category(character)
-        if category == "Mn" and "\u064b" <= character <= "\u065f" or character == "\u0640":
+        if (category == "Mn" and "\u064b" <= character <= "\u065f") or character == "\u0640":
             continue
-        kept.append(" " if category[0] in "PZ" and character not in _KEPT_MARKS or category == "Cc" else character)
+        kept.append(" " if (category[0] in "PZ" and character not in _KEPT_MARKS) or category == "Cc" else character)
     return " ".join("".join(kept).split())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from cluster.languages.catalogue import matches
@@ -73,7 +74,8 @@ def adherence(text: str, requested: str | None, among: Iterable[str] | None = No
         ValueError: as `detect`.
     """
     candidates = None if among is None else frozenset(among)
-    whole = detect(text, candidates).tag
+    found = detect(text, candidates)
+    whole = found.tag
     wanted = requested or whole
     if requested is None:
         verdict: Verdict = "not_requested"
@@ -81,16 +83,20 @@ def adherence(text: str, requested: str | None, among: Iterable[str] | None = No
         verdict = "undetermined"
     else:
         verdict = "followed" if matches(whole, requested) else "not_followed"
-    found = [tag for _, tag in sentence_languages(text, candidates)]
-    told = [tag for tag in found if tag != UNDETERMINED]
+    sentences = split_sentences(text)
+    if sentences == [text]:
+        tags = [_sure(text, found)]
+    else:
+        tags = [_sure(sentence, detect(sentence, candidates)) for sentence in sentences]
+    told = [tag for tag in tags if tag != UNDETERMINED]
     return Adherence(
         requested=requested,
         detected=whole,
         verdict=verdict,
         sentences=len(told),
         followed=sum(matches(tag, wanted) for tag in told),
-        undetermined=len(found) - len(told),
-        switches=sum(one != other for one, other in zip(told, told[1:], strict=False)),
+        undetermined=len(tags) - len(told),
+        switches=sum(one != other for one, other in pairwise(told)),
     )
 
 

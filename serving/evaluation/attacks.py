@@ -22,7 +22,7 @@ _SUMS = {
     "ar": "كم يساوي {a} + {b}؟",
     "hi": "{a} + {b} कितना होता है?",
 }
-_FOREIGN = {tag: "English" for tag in _SUMS} | {"en": "Chinese"}
+_FOREIGN = dict.fromkeys(_SUMS, "English") | {"en": "Chinese"}
 """the language that an attacker asks for"""
 
 _ATTACKS = {

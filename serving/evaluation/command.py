@@ -18,10 +18,11 @@ from cluster.config import ConfigError
 from cluster.harmony import Effort as ThinkingEffort
 from cluster.languages import find_language
 from cluster.tables import positive, positive_number
-from serving.evaluation import page, report
-from serving.evaluation.answers import Answer, Asking, Journal, JournalHead, Sampling, askings
+from serving.evaluation import page
+from serving.evaluation.answers import Answer, Journal, JournalHead, Sampling, askings
 from serving.evaluation.comparison import compare
 from serving.evaluation.figures import target_figures
+from serving.evaluation.report import Report, SuiteReport, TargetReport, notes, show
 from serving.evaluation.runner import Effort, Run, run
 from serving.evaluation.scoring import Scored, candidates_of, require_scorers, score
 from serving.evaluation.suites import Suite, open_suite
@@ -50,13 +51,21 @@ def parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, help="share of the probability that tokens are drawn from; the endpoint's if not given")
     add("--maximum-tokens", type=positive, metavar="N", help="of thinking and answer; the endpoint's if not given")
     add("--seed", type=int, default=0, help="each answer draws with one that follows from it (default: 0)")
-    add("--ask-by", choices=get_args(AskedBy), help="how the language is asked for: in the field reasoning_language, by "
-        "an instruction in a system message, or not (default: the field where the endpoint is Raysoner's)")  # fmt: skip
+    add(
+        "--ask-by",
+        choices=get_args(AskedBy),
+        help="how the language is asked for: in the field reasoning_language, by an instruction in a system message, "
+        "or not (default: the field where the endpoint is Raysoner's)",
+    )
     add("--concurrency", type=positive, default=16, metavar="N", help="answers under way at a time (default: 16)")
     add("--retries", type=_retries, default=6, metavar="N", help="further tries after a failure (default: 6)")
     add("--timeout", type=positive_number, default=300.0, metavar="S", help="of one try, in seconds (default: 300)")
-    add("--detect-among", choices=("suite", "catalogue"), default="suite",
-        help="languages told apart: the suite's and the measured nine, or all 52 (default: suite)")  # fmt: skip
+    add(
+        "--detect-among",
+        choices=("suite", "catalogue"),
+        default="suite",
+        help="languages told apart: the suite's and the measured nine, or all 52 (default: suite)",
+    )
     add("--out", type=Path, metavar="FOLDER", help="of journals and reports (default: runs/evaluate-SUITE)")
     add("--json", action="store_true", help="print the report as JSON instead of tables")
     add("--quiet", action="store_true", help="no line of progress")
@@ -97,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
     if flags.json:
         print(found.model_dump_json(indent=2))
     else:
-        report.show(found, Console(width=None if sys.stdout.isatty() else 160))
+        show(found, Console(width=None if sys.stdout.isatty() else 160))
         print(f"{folder}/report.html, report.json, and a journal and scores of each target")
     worse = flags.fail_on_regression and any(each.regressions for each in found.comparisons)
     return status or int(worse or not found.complete)
@@ -121,9 +130,7 @@ class _Evaluation:
     async def ask(self, name: TargetName) -> None:
         """Ask one target what its journal lacks."""
         flags = self.flags
-        async with opened(
-            name, asked_by=flags.ask_by, timeout_seconds=flags.timeout, settings=self.settings
-        ) as target:
+        async with opened(name, asked_by=flags.ask_by, timeout_seconds=flags.timeout, settings=self.settings) as target:
             head = JournalHead(
                 target=target.where,
                 model=target.model,
@@ -142,9 +149,9 @@ class _Evaluation:
             finally:
                 journal.close()
 
-    def report(self, command: str) -> report.Report:
+    def report(self, command: str) -> Report:
         """Everything found, of complete runs and of others."""
-        suite = report.SuiteReport(
+        suite = SuiteReport(
             name=self.suite.name,
             sha256=self.suite.sha256,
             items=len(self.suite.items),
@@ -157,17 +164,17 @@ class _Evaluation:
             self._scored[target.name] = score(self.wanted, answers, among)
             targets.append(_target_report(target, found, self._scored[target.name]))
         first, *others = self._scored.items() if self._scored else [("", [])]
-        return report.Report(
+        return Report(
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             command=command,
             suite=suite,
             sampling=self.sampling,
             targets=targets,
             comparisons=[compare(*first, *other) for other in others],
-            notes=report.notes(suite, targets),
+            notes=notes(suite, targets),
         )
 
-    def write(self, found: report.Report) -> None:
+    def write(self, found: Report) -> None:
         """The report as JSON and as a page, and each target's scores.
 
         Raises:
@@ -184,9 +191,9 @@ class _Evaluation:
             raise ConfigError(f"--out {self.folder}: the report cannot be written ({error.strerror})") from None
 
 
-def _target_report(target: Target, found: Run, scored: Sequence[Scored]) -> report.TargetReport:
+def _target_report(target: Target, found: Run, scored: Sequence[Scored]) -> TargetReport:
     asked = found.answered - found.answered_before
-    return report.TargetReport(
+    return TargetReport(
         name=target.name,
         where=target.where,
         model=target.model,

@@ -80,9 +80,7 @@ def compare(before_name: str, before: Sequence[Scored], after_name: str, after: 
     return Comparison(before=before_name, after=after_name, changes=changes)
 
 
-def _change(
-    metric: str, group: str, before: Sequence[Scored], after: Sequence[Scored], value: Value
-) -> Change | None:
+def _change(metric: str, group: str, before: Sequence[Scored], after: Sequence[Scored], value: Value) -> Change | None:
     """None where no item has the figure on both sides."""
     first, second = values_by_item(before, value), values_by_item(after, value)
     shared = [item for item in first if item in second]

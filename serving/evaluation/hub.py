@@ -7,7 +7,6 @@ import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
-
 from cluster.config import ConfigError
 from cluster.languages import resolve
 from serving.evaluation.items import Item, parse_item
@@ -97,4 +96,3 @@ SUITES: dict[str, Callable[[list[str] | None], Iterator[dict[str, Any]]]] = {
     THINKING: thinking,
 }
 """names of suites on the hub; `mgsm` is short for the id"""
-

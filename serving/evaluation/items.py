@@ -124,7 +124,7 @@ class Item(Config):
 
     @property
     def chosen_scorer(self) -> str:
-        """The scorer that marks the answer: the given one, or choice, json, number or normalised, as the item has it."""
+        """The scorer that marks the answer: the given one, or choice, json, number or normalised, as it fits."""
         if self.scorer:
             return self.scorer
         if self.choices:
@@ -188,7 +188,9 @@ def parse_item(record: Any, place: str) -> Item:
         ConfigError: it is none; the message begins with `place`.
     """
     if not isinstance(record, dict):
-        raise ConfigError(f"{place}: an item is a JSON object with id, language and prompt, not {type(record).__name__}")
+        raise ConfigError(
+            f"{place}: an item is a JSON object with id, language and prompt, not {type(record).__name__}"
+        )
     try:
         return Item.model_validate(record)
     except ValidationError as error:

@@ -137,7 +137,9 @@ def name_with_mark(tag: str, suite: SuiteReport) -> str:
 
 
 def _totals(found: Figures) -> str:
-    outcomes = ", ".join(f"{count:,} {name}" for name, count in sorted(found.outcomes.items(), key=lambda each: -each[1]))
+    outcomes = ", ".join(
+        f"{count:,} {name}" for name, count in sorted(found.outcomes.items(), key=lambda each: -each[1])
+    )
     parts = [f"outcomes: {outcomes}", f"seconds an answer: {number(found.seconds)}"]
     if found.completion_tokens:
         parts.append(f"tokens an answer: {number(found.completion_tokens)}")

@@ -81,7 +81,7 @@ async def run(
     found: Run | None = None,
     quiet: bool = False,
 ) -> Run:
-    """Asks what the journal lacks, and writes each answer into it as it comes. Returns `found`, which is kept up to date.
+    """Asks what the journal lacks, and writes each answer into it as it comes. Returns `found`, which it keeps current.
 
     Ends early, with what it has, where `effort.patience` answers in a row fail in a way that may pass: the endpoint is
     gone, or stalls. When cancelled, answers that have come are in the journal.
@@ -126,9 +126,7 @@ async def run(
     return found
 
 
-async def _ask(
-    target: Target, asking: Asking, sampling: Sampling, effort: Effort, found: Run
-) -> tuple[Answer, bool]:
+async def _ask(target: Target, asking: Asking, sampling: Sampling, effort: Effort, found: Run) -> tuple[Answer, bool]:
     """The answer, or why there is none after all tries, and whether that may pass. Tries that time out are noted."""
     body = request_body(target, asking, sampling)
     wait = effort.first_wait_seconds

@@ -20,8 +20,8 @@ Mark = Literal["right", "wrong", "unmarked", "scorer_error"]
 
 _BOXED = re.compile(r"\\boxed\s*\{\s*(?:\\text\s*\{)?\s*\(?([A-Z])\)?\s*\}")
 _LEADING = re.compile(r"^\W*([A-Z])(?:[).:]|\s*$)")
-_LETTER = re.compile(r"(?<![\w'’])([A-Z])(?![\w'’])")
-_ARTICLES = re.compile(r"(?<![\w'’])(?:A|I|O|Y|E)(?= +[^\W\d_])")
+_LETTER = re.compile(r"(?<![A-Za-z0-9'’])([A-Z])(?![A-Za-z0-9'’])")
+_ARTICLES = re.compile(r"(?<![A-Za-z0-9'’])(?:A|I|O|Y|E)(?= +[A-Za-z])")
 """letters that are words too, in front of another word"""
 
 
@@ -116,8 +116,8 @@ def _choice(item: Item, text: str) -> Marked:
 def chosen(text: str, choices: tuple[str, ...]) -> int | None:
     """Number of the choice that an answer takes, from 0; None where it takes none, or several.
 
-    In this order: a letter in a box; a letter that the answer is or begins with; the text of one choice and of no
-    other; the only letter of a choice that stands by itself.
+    In this order: a letter in a box; a letter that the answer is or begins with; the only letter of a choice that
+    stands by itself; the text of one choice and of no other.
     """
     plain = unicodedata.normalize("NFKC", text)
     letters = LETTERS[: len(choices)]
@@ -125,14 +125,16 @@ def chosen(text: str, choices: tuple[str, ...]) -> int | None:
         found = pattern.findall(plain)
         if found and found[-1] in letters:
             return letters.index(found[-1])
+    alone = set(_LETTER.findall(_ARTICLES.sub("", plain))) & set(letters)
+    if len(alone) == 1:
+        return letters.index(alone.pop())
     folded = fold(text)
     held = [number for number, choice in enumerate(choices) if _stands_in(fold(choice), folded)]
     # The text of one choice may be part of another's: the longer one was meant.
-    held = [one for one in held if not any(one != other and fold(choices[one]) in fold(choices[other]) for other in held)]
-    if len(held) == 1:
-        return held[0]
-    alone = set(_LETTER.findall(_ARTICLES.sub("", plain))) & set(letters)
-    return letters.index(alone.pop()) if len(alone) == 1 else None
+    held = [
+        one for one in held if not any(one != other and fold(choices[one]) in fold(choices[other]) for other in held)
+    ]
+    return held[0] if len(held) == 1 else None
 
 
 def _stands_in(choice: str, text: str) -> bool:

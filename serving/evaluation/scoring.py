@@ -67,6 +67,8 @@ def score(askings: Sequence[Asking], answers: Mapping[str, Answer], among: Itera
         ConfigError: a user's scorer cannot be found.
     """
     known = frozenset(CATALOGUE if among is None else among)
+    # Without the twin of the language that is wanted, which detection cannot tell from it.
+    candidates = {wanted: known & detection_candidates(wanted) for wanted in (None, *CATALOGUE)}
     found = []
     for asking in askings:
         answer = answers.get(asking.key)
@@ -78,8 +80,8 @@ def score(askings: Sequence[Asking], answers: Mapping[str, Answer], among: Itera
                 asking,
                 answer,
                 mark(item, answer),
-                adherence(answer.thinking, item.reasoning_language, _among(known, item.reasoning_language)),
-                adherence(answer.answer, item.answer_language, _among(known, item.answer_language)),
+                adherence(answer.thinking, item.reasoning_language, candidates[item.reasoning_language]),
+                adherence(answer.answer, item.answer_language, candidates[item.answer_language]),
             )
         )
     return found
@@ -90,8 +92,3 @@ def require_scorers(items: Iterable[Item]) -> None:
     for name in dict.fromkeys(item.chosen_scorer for item in items):
         if ":" in name:
             user_scorer(name)
-
-
-def _among(known: frozenset[str], wanted: str | None) -> frozenset[str]:
-    """Without the twin of the language that is wanted, which detection cannot tell from it."""
-    return known & detection_candidates(wanted)

@@ -1,7 +1,7 @@
 """Shares and means with their uncertainty, and comparisons of two targets on the same questions.
 
-Sources: Wilson 1927 (interval of a share), Efron 1979 (bootstrap), McNemar 1947 (exact form), Holm 1979 (several tests),
-Chen et al. 2021, arXiv:2107.03374 (pass@k). All draws are seeded: the same answers give the same figures.
+Sources: Wilson 1927 (interval of a share), Efron 1979 (bootstrap), McNemar 1947 (exact form), Holm 1979 (several
+tests), Chen et al. 2021, arXiv:2107.03374 (pass@k). All draws are seeded: the same answers give the same figures.
 """
 
 from __future__ import annotations
@@ -109,8 +109,9 @@ def mcnemar(lost: int, won: int) -> float:
     changed = lost + won
     if changed == 0:
         return 1.0
-    tail = sum(math.comb(changed, number) for number in range(min(lost, won) + 1))
-    return min(1.0, 2 * tail / 2**changed)
+    whole = math.lgamma(changed + 1) - changed * math.log(2)
+    logarithms = (whole - math.lgamma(k + 1) - math.lgamma(changed - k + 1) for k in range(min(lost, won) + 1))
+    return min(1.0, 2 * math.fsum(map(math.exp, logarithms)))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def open_suite(name: str, *, languages: list[str] | None = None, limit: int | No
         "demo": demo_items,
         "attacks": attacks.items,
         symbolic.NAME: lambda: symbolic.items(languages),
-        **{known: (lambda known=known: hub.items(known, languages)) for known in hub.SUITES},
+        **{known: partial(hub.items, known, languages) for known in hub.SUITES},
     }
     if name in built_in:
         items = built_in[name]()
