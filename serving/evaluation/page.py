@@ -163,7 +163,7 @@ def _changes(changes: Sequence[Change]) -> str:
         "McNemar’s exact test where each question has one yes or no, else a paired bootstrap; p of languages is "
         "adjusted for their number (Holm)."
     )
-    return _table(head, rows) + f'<p class="quiet">{told}</p>'
+    return _table(head, rows, "changes") + f'<p class="quiet">{told}</p>'
 
 
 def _lengths(targets: Sequence[TargetReport], figures: Sequence[TargetFigures]) -> str:
@@ -190,13 +190,13 @@ def _tasks(targets: Sequence[TargetReport], figures: Sequence[TargetFigures]) ->
     return _table(head, rows)
 
 
-def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], kind: str = "") -> str:
     """Cells of `rows` are HTML, names and heads are text."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join(
         f"<tr><td>{escape(name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for name, cells in rows
     )
-    return f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'
+    return f'<div class="scroll"><table class="{kind}"><tr>{top}</tr>{body}</table></div>'
 
 
 def _share(value: Interval | None) -> str:
