@@ -22,13 +22,15 @@ from serving.evaluation import page
 from serving.evaluation.answers import Answer, Journal, JournalHead, Sampling, askings
 from serving.evaluation.comparison import compare
 from serving.evaluation.figures import target_figures
-from serving.evaluation.report import Report, SuiteReport, TargetReport, notes, show
+from serving.evaluation.report import Report, SuiteReport, TargetReport, markdown, notes, show
 from serving.evaluation.runner import Effort, Run, run
 from serving.evaluation.scoring import Scored, candidates_of, require_scorers, score
 from serving.evaluation.suites import Suite, open_suite
 from serving.evaluation.targets import AskedBy, Target, TargetName, opened, target_names
 
 EFFORTS: tuple[ThinkingEffort, ...] = get_args(ThinkingEffort)
+CONCURRENCY = 16
+"""answers under way at a time at an endpoint that says nothing of how many it takes"""
 DESCRIPTION = """Asks one or more targets the questions of a suite, and reports by language whether they think and
 answer in the language asked for, are right, and keep to their channels. A target is the address of an OpenAI-compatible
 endpoint, or a checkpoint folder, whose engine is then loaded here; NAME=WHERE names it, URL#MODEL chooses a model. The
@@ -57,7 +59,12 @@ def parser() -> argparse.ArgumentParser:
         help="how the language is asked for: in the field reasoning_language, by an instruction in a system message, "
         "or not (default: the field where the endpoint is Raysoner's)",
     )
-    add("--concurrency", type=positive, default=16, metavar="N", help="answers under way at a time (default: 16)")
+    add(
+        "--concurrency",
+        type=positive,
+        metavar="N",
+        help=f"answers under way at a time (default: {CONCURRENCY}, of a checkpoint twice what its engine batches)",
+    )
     add("--retries", type=_retries, default=6, metavar="N", help="further tries after a failure (default: 6)")
     add("--timeout", type=positive_number, default=300.0, metavar="S", help="of one try, in seconds (default: 300)")
     add(
@@ -107,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
         print(found.model_dump_json(indent=2))
     else:
         show(found, Console(width=None if sys.stdout.isatty() else 160))
-        print(f"{folder}/report.html, report.json, and a journal and scores of each target")
+        print(f"{folder}/report.html, report.md, report.json, and a journal and scores of each target")
     worse = flags.fail_on_regression and any(each.regressions for each in found.comparisons)
     return status or int(worse or not found.complete)
 
@@ -142,7 +149,7 @@ class _Evaluation:
             journal = Journal(self.folder / f"answers-{target.name}.jsonl", head)
             found = Run(len(self.wanted))
             self._asked.append((target, found, journal.answers))
-            concurrency = min(flags.concurrency, target.concurrency or flags.concurrency)
+            concurrency = flags.concurrency or target.concurrency or CONCURRENCY
             effort = Effort(concurrency=concurrency, retries=flags.retries, patience=max(4, concurrency))
             try:
                 await run(target, self.wanted, self.sampling, journal, effort, found=found, quiet=flags.quiet)
@@ -180,7 +187,11 @@ class _Evaluation:
         Raises:
             ConfigError: a file cannot be written.
         """
-        files = {"report.json": found.model_dump_json(indent=2) + "\n", "report.html": page.render(found, self._scored)}
+        files = {
+            "report.json": found.model_dump_json(indent=2) + "\n",
+            "report.html": page.render(found, self._scored),
+            "report.md": markdown(found),
+        }
         for name, scored in self._scored.items():
             lines = (json.dumps(one.record(), ensure_ascii=False) + "\n" for one in scored)
             files[f"scores-{name}.jsonl"] = "".join(lines)

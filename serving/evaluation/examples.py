@@ -61,8 +61,8 @@ def _example(one: Scored, sides: Mapping[str, Scored]) -> str:
 def _side(place: int, name: str, one: Scored) -> str:
     answer = one.answer
     badges = [
-        _language_badge("thinks in", one.thinking),
-        _language_badge("answers in", one.language),
+        _language_badge("thinks in", "thinking", one.thinking),
+        _language_badge("answers in", "answer", one.language),
         _mark_badge(one),
         _badge(answer.outcome.replace("_", " "), "good" if answer.valid else "bad"),
     ]
@@ -99,9 +99,11 @@ def _with_marks(text: str, found: Adherence) -> str:
     return "".join(parts) + escape(text[place:])
 
 
-def _language_badge(what: str, found: Adherence) -> str:
+def _language_badge(what: str, text: str, found: Adherence) -> str:
     kind = {"followed": "good", "not_followed": "bad"}.get(found.verdict, "")
     switched = f", {found.switches} switch{'es' if found.switches > 1 else ''}" if found.switches else ""
+    if found.detected == UNDETERMINED:
+        return _badge(f"{text} undetermined", kind)
     return _badge(f"{what} {language_name(found.detected)}{switched}", kind)
 
 

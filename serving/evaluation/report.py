@@ -104,6 +104,27 @@ def show(report: Report, console: Console) -> None:
         console.print(_changes(comparison))
 
 
+def markdown(report: Report) -> str:
+    """Shares of all targets by language as a Markdown table, for a README or a model card."""
+    told = [(target.name, target.figures) for target in report.targets if target.figures]
+    columns = [(name, metric) for metric in ("thinks as asked", "right") for name, _ in told]
+    lines = [f"{report.suite.name}, {report.suite.items:,} questions; made by `{report.command}`", ""]
+    lines += [f"**{note}**\n" for note in report.notes]
+    lines.append("| thinking asked in | questions |" + "".join(f" {metric}: {name} |" for name, metric in columns))
+    lines.append("|---|---|" + "---|" * len(columns))
+    rows = {name_with_mark(tag, report.suite): tag for tag in report.suite.languages} | {"all": ""}
+    for name, tag in rows.items():
+        found = {target: figures.by_language.get(tag) if tag else figures.all for target, figures in told}
+        cells = []
+        for target, metric in columns:
+            each = found[target]
+            share = None if each is None else each.correct if metric == "right" else each.thinking.adherence
+            cells.append(f" {percent(share)} |")
+        items = max((each.items for each in found.values() if each), default=0)
+        lines.append(f"| {name} | {items:,} |{''.join(cells)}")
+    return "\n".join(lines) + "\n"
+
+
 def _by_language(target: TargetReport, suite: SuiteReport) -> Table:
     assert target.figures is not None
     table = Table(title=f"{target.name} ({target.model})", title_justify="left")

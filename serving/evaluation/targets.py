@@ -45,7 +45,7 @@ class Target:
     asked_by: AskedBy
     http: httpx.AsyncClient
     concurrency: int | None = None
-    """requests that it can hold at a time, where that is known"""
+    """requests that keep it busy, where that is known"""
 
 
 def target_names(words: Sequence[str]) -> list[TargetName]:
