@@ -150,7 +150,12 @@ class _Evaluation:
             found = Run(len(self.wanted))
             self._asked.append((target, found, journal.answers))
             concurrency = flags.concurrency or target.concurrency or CONCURRENCY
-            effort = Effort(concurrency=concurrency, retries=flags.retries, patience=max(4, concurrency))
+            effort = Effort(
+                concurrency=concurrency,
+                retries=flags.retries,
+                patience=max(4, concurrency),
+                timeout_seconds=flags.timeout,
+            )
             try:
                 await run(target, self.wanted, self.sampling, journal, effort, found=found, quiet=flags.quiet)
             finally:

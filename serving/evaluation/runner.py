@@ -38,12 +38,14 @@ class Effort:
         retries: further tries of one answer, after a failure that may pass.
         patience: answers in a row that may fail, or tries in a row that may time out, before the run gives up.
         first_wait_seconds: before the second try; doubled before each further one.
+        timeout_seconds: longest time of one try, from sending to the end of the answer.
     """
 
     concurrency: int = 16
     retries: int = 6
     patience: int = 16
     first_wait_seconds: float = _FIRST_WAIT_SECONDS
+    timeout_seconds: float = 300.0
 
 
 @dataclass
@@ -134,11 +136,12 @@ async def _ask(target: Target, asking: Asking, sampling: Sampling, effort: Effor
     for number in range(1, effort.retries + 2):
         began = time.monotonic()
         try:
-            response = await target.http.post("/v1/chat/completions", json=body)
+            async with asyncio.timeout(effort.timeout_seconds):
+                response = await target.http.post("/v1/chat/completions", json=body)
             return to_answer(asking, response, time.monotonic() - began, number), False
         except _FailedError as error:
             fault = error
-        except httpx.TimeoutException:
+        except (TimeoutError, httpx.TimeoutException):
             found.stalled_in_a_row += 1
             fault = _FailedError("the endpoint did not answer in time", passing=True)
         except httpx.TransportError as error:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from serving.evaluation.report import Report
 from tests.serving.endpoints import endpoint, refuses
 from tests.serving.evaluation.made import ANSWERS, THOUGHTS, completion, knowing, suite
 from tests.serving.harness import CODEC, answer
+from tests.serving.playground_browser import wait_until
 
 
 def suite_file(folder: Path, *tags: str, each: int = 4) -> Path:
@@ -95,6 +100,32 @@ def test_a_partial_report_says_so_and_the_same_command_completes_it(
         assert evaluate(*target, *words) == 0
     assert report_of(out).complete
     assert "PARTIAL" not in capsys.readouterr().out
+
+
+@pytest.mark.cluster
+def test_ctrl_c_leaves_a_partial_report_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    file, out = suite_file(tmp_path, "en", each=12), tmp_path / "out"
+    slow = [True]
+
+    async def then() -> None:
+        await asyncio.sleep(0.3 if slow else 0)
+
+    with endpoint(knowing(then=then)) as found:
+        words = ["--target", f"one={found.url}", "--suite", str(file), "--out", str(out), "--ask-by", "field"]
+        command = [sys.executable, "-m", "serving", "evaluate", *words, "--concurrency", "1"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        wait_until(lambda: len(found.bodies) > 3, seconds=120)
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=120)
+        assert process.returncode == 130, printed
+        assert "stopped; the same command goes on" in printed
+        assert "PARTIAL" in printed
+        asked = len(found.bodies)
+        slow.clear()
+        assert evaluate(*words) == 0
+    assert asked < 12
+    assert len(found.bodies) <= 12 + 1, "only what was under way was asked again"
+    assert report_of(out).complete
 
 
 def test_a_checkpoint_is_asked_over_an_engine_without_a_socket(
