@@ -182,6 +182,16 @@ def test_the_report_comes_back_from_json() -> None:
     assert (figures["value"], figures["count"]) == (1.0, 36)
 
 
+def test_shares_as_a_markdown_table() -> None:
+    found = made(SUMS, {"base": scored(SUMS, always, english), "tuned": scored(SUMS, always, own)})
+    lines = report.markdown(found).splitlines()
+    head, _, *rows = lines[lines.index(next(line for line in lines if line.startswith("|"))) :]
+    assert head.count("|") == 7
+    assert [row.split("|")[1].strip() for row in rows] == ["English", "French (not checked)", "Arabic", "all"]
+    assert [cell.strip() for cell in rows[1].split("|")[2:5]] == ["12", "0.0% (0%–24%)", "100.0% (76%–100%)"]
+    assert all(row.count("|") == 7 for row in rows)
+
+
 class _Tags(HTMLParser):
     """Elements that are open at the end, and what would be loaded from elsewhere."""
 
