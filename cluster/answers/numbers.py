@@ -85,11 +85,13 @@ def read_number(text: str, language: str | None = None) -> Number | None:
 
 def final_number(text: str, language: str | None = None) -> Number | None:
     r"""The number that a text ends up with: in its last `\boxed{}`, behind its last `####`, or the last of all."""
-    if "\\boxed" in text and (boxed := _BOXED.findall(text)):
-        text = boxed[-1]
-    elif "####" in text:
-        text = text.rpartition("####")[2]
-    return next(iter(deque(_found(text, language), maxlen=1)), None)
+    places = [text]
+    if "####" in text:
+        places.insert(0, text.rpartition("####")[2])
+    if "\\boxed" in text:
+        places[:0] = _BOXED.findall(text)[-1:]
+    lasts = (next(iter(deque(_found(place, language), maxlen=1)), None) for place in places)
+    return next(filter(None, lasts), None)
 
 
 def same_number(one: Number, other: Number, tolerance: Fraction = Fraction(0)) -> bool:
@@ -127,7 +129,7 @@ def _pattern(spaced: bool) -> re.Pattern[str]:
     return re.compile(
         rf"""
         (?P<dated>(?<=\d/))?
-        (?P<sign>(?<![\w.,)\]])[-+])?
+        (?P<sign>(?<![\w.,)\]%٪％])[-+])?
         (?:
           (?P<body>(?<![.\d])\.\d+|\d+(?:(?:[.,٫](?=\d)|(?<!\d\d\d\d)[{groups}](?=\d{{3}}(?!\d)))\d+)*)
           (?:\s?(?P<part>[{_VULGAR}])|\s+(?P<above>\d+)/(?P<below>\d+)(?![\d/])|(?(dated)(?!)|\s?/\s?(?P<divisor>\d+)(?!\s?/\s?\d|\d)))?
@@ -157,15 +159,13 @@ def _read(found: re.Match[str], language: str | None) -> Iterator[Number]:
         sign = 1
     if found["part"]:
         last = tuple(value + _vulgar(found["part"]) for value in last)
-    for above, below in ((found["above"], found["below"]), (found["body"], found["divisor"])):
-        if below is None or len(below) > LONGEST_DIGITS:
-            continue
-        if int(below) == 0:
-            return
-        if above is found["body"]:
-            last = tuple(value / int(below) for value in last)
-        elif len(above) <= LONGEST_DIGITS:
-            last = tuple(value + Fraction(int(above), int(below)) for value in last)
+    below = found["divisor"] or found["below"]
+    if below and (len(below) > LONGEST_DIGITS or len(found["above"] or "") > LONGEST_DIGITS or int(below) == 0):
+        return
+    if found["divisor"]:
+        last = tuple(value / int(below) for value in last)
+    elif below:
+        last = tuple(value + Fraction(int(found["above"]), int(below)) for value in last)
     exponent = found["exponent"] or found["power"] or (found["raised"] or "").translate(_SUPERSCRIPTS)
     if exponent:
         if len(exponent) > 4 or abs(int(exponent)) > LARGEST_EXPONENT:

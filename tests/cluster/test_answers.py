@@ -46,6 +46,7 @@ from cluster.answers import final_number, holds_name, normalised, read_number, r
         ("2억 5천만", "ko", "250000000"),
         ("3/4", None, "3/4"),
         ("2 1/2", None, "5/2"),
+        ("1 1/2", None, "3/2"),
         ("2½", None, "5/2"),
         ("⅓", None, "1/3"),
         (r"\frac{3}{4}", None, "3/4"),
@@ -77,6 +78,7 @@ def test_a_number_is_read(text: str, language: str | None, value: str) -> None:
         ("10-3 = 7", None, ["10", "3", "7"]),
         ("en 2020 100 personnes", "fr", ["2020", "100"]),
         ("gpt-5", None, ["5"]),
+        ("50%-60%", None, ["50", "60"]),
         ("一步一步地想，答案是42", "zh", ["42"]),
         ("5/0", None, []),
         ("none at all", None, []),
@@ -89,7 +91,13 @@ def test_numbers_of_a_text(text: str, language: str | None, values: list[str]) -
 
 
 def test_the_final_number_is_in_a_box_behind_hashes_or_last() -> None:
-    for text in (r"So \boxed{42} of 50.", "It is 3.\n#### 42", "6 times 7 is 42.", r"\boxed{1} \boxed{\text{42 cm}} 5"):
+    for text in (
+        r"So \boxed{42} of 50.",
+        "It is 3.\n#### 42",
+        "6 times 7 is 42.",
+        r"\boxed{1} \boxed{\text{42 cm}} 5",
+        "42\n#### Done",
+    ):
         found = final_number(text)
         assert found is not None
         assert found.value == 42
