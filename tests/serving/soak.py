@@ -40,7 +40,7 @@ QUESTIONS = (
 ANSWER_SECONDS = 180.0
 """a request that takes longer hangs"""
 REPLICA = "ServeReplica"
-LASTING = {"proxy": "ProxyActor", "haproxy": "HAProxyManager", "controller": "ServeController"}
+LASTING = {"proxy": "ProxyActor", "controller": "ServeController"}
 """processes that nothing kills, by a word of their command line"""
 
 
@@ -196,7 +196,7 @@ class Soak:
     def _command(self, verb: str, *flags: object) -> None:
         words: Iterable[object] = (
             *("-m", "serving", verb, "--config", CONFIG, "--model.path", self._model),
-            *("--endpoint.proxy", "auto", "--endpoint.port", self._url.rsplit(":", 1)[1], *flags),
+            *("--endpoint.port", self._url.rsplit(":", 1)[1], *flags),
         )
         subprocess.run([sys.executable, *map(str, words)], env=self._ray.environment, check=True)
 

@@ -26,7 +26,6 @@ from ray.serve.config import HTTPOptions
 from cluster.local import free_ports
 from serving.app import application, build
 from serving.autoscaling import REPORTED, Load, ScalingPolicy, Targets, load_of, wanted_replicas
-from serving.haproxy import environment, private_folder
 from serving.keys import ApiKey, KeyFile, hash_of, new_key
 from tests.serving.harness import chat, events, serving_config
 from tests.serving.scripted_replica import ScriptedReplica, SlowReplica
@@ -177,25 +176,17 @@ LONG = 300
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """Ray Serve on a Ray of these tests' own, with HAProxy; each test deploys what it needs."""
+    """Ray Serve on a Ray of these tests' own; each test deploys what it needs."""
     [port] = free_ports(1)
     temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    with private_folder() as files:
-        ray.init(
-            address="local",
-            _temp_dir=temporary,
-            num_cpus=4,
-            include_dashboard=False,
-            log_to_driver=False,
-            runtime_env={"env_vars": environment(serving_config(), "haproxy", files)},
-        )
-        try:
-            serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            serve.shutdown()
-            ray.shutdown()
-            shutil.rmtree(temporary, ignore_errors=True)
+    ray.init(address="local", _temp_dir=temporary, num_cpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def deploy(replica: type[Any], /, **sections: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The whole way on a real Ray: checkpoint, replica, HAProxy; and the command line around it."""
+"""The whole way on a real Ray: checkpoint, replica, HTTP; and the command line around it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 
 from serving.app import build
-from serving.config import ServingConfig
-from serving.haproxy import environment, private_folder
 from tests.serving.harness import events
 
 pytestmark = pytest.mark.cluster
@@ -59,26 +57,17 @@ def settings(folder: Path, port: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
-    """As `deploy` starts it, on a Ray of this test's own; the path is short since sockets' may have 107 characters."""
+    """An endpoint on a Ray of this test's own; the path is short because socket paths may have 107 characters."""
     port, temporary = free_port(), tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    config = ServingConfig.model_validate(settings(folder, port))
-    with private_folder() as files:
-        ray.init(
-            address="local",
-            _temp_dir=temporary,
-            num_cpus=3,
-            include_dashboard=False,
-            log_to_driver=False,
-            runtime_env={"env_vars": environment(config, "haproxy", files)},
-        )
-        try:
-            serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
-            serve.run(build(settings(folder, port)), name="tiny", route_prefix="/")
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            serve.shutdown()
-            ray.shutdown()
-            shutil.rmtree(temporary, ignore_errors=True)
+    ray.init(address="local", _temp_dir=temporary, num_cpus=3, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+        serve.run(build(settings(folder, port)), name="tiny", route_prefix="/")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def ask(url: str, tokens: int, **fields: Any) -> httpx.Response:
@@ -189,7 +178,6 @@ def deploy_flags(folder: Path, port: int, **more: Any) -> list[str]:
         "model.precision": "fp32",
         "endpoint.application": "tiny",
         "endpoint.port": port,
-        "endpoint.proxy": "auto",
         "replicas.gpus": 0,
         "replicas.graceful_shutdown_seconds": 1,
         "limits.prompt_tokens": 1024,
