@@ -4,7 +4,7 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test chromium prometheus test-faults soak check style types configs bench clean
+.PHONY: demo test chromium prometheus test-faults hosts-packages test-hosts soak check style types configs bench clean
 
 # Fine-tune on two workers, merge, serve, and ask held-out questions over HTTP.
 demo: .venv/installed
@@ -13,7 +13,7 @@ demo: .venv/installed
 # Everything that must hold: check, then all other tests, three files at a time: most wait for processes to start, so that
 # two leave a third of two cores idle.
 test: .venv/installed
-	$(MAKE) -j 3 --output-sync --no-print-directory chromium prometheus style types configs
+	$(MAKE) -j 3 --output-sync --no-print-directory chromium prometheus hosts-packages style types configs
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/test_configs.py
 
 # For the playground's tests: Debian's Chromium, where this may install it; they are skipped where there is none.
@@ -31,6 +31,17 @@ prometheus: .venv/installed | chromium
 # The long form of the fault tests: twenty killed workers in one run, figures kept in tests/benchmarks/results.
 test-faults: .venv/installed
 	RAYSONER_FAULTS=long $(BIN)/python -m pytest -q -m fault
+
+# Several hosts on this machine, lost in every way: needs root, and is skipped where namespaces are not allowed.
+test-hosts: .venv/installed hosts-packages
+	RAYSONER_HOSTS=long $(BIN)/python -m pytest -q -rs tests/hosts
+
+# For the hosts: Debian's ip and Redis, where this may install them; what needs them is skipped where they are not.
+# One apt-get at a time.
+hosts-packages: | $(filter chromium prometheus,$(MAKECMDGOALS))
+	@{ command -v ip && command -v redis-server; } >/dev/null || { [ "$$(id -u)" = 0 ] \
+		&& command -v apt-get >/dev/null && { timeout 120 apt-get update; DEBIAN_FRONTEND=noninteractive timeout 300 \
+		apt-get install -y --no-install-recommends iproute2 redis-server; } >/dev/null 2>&1; } || true
 
 # Ten minutes of mixed load on an endpoint whose replicas are killed and replaced.
 soak: .venv/installed

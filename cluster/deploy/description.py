@@ -26,6 +26,8 @@ HEALTH = {
     "RAY_grpc_client_keepalive_timeout_ms": "5000",
 }
 """environment of every Ray process: a host that is cut off counts as dead after some 10 s, by default after 60"""
+OUTLIVING = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
+"""where the head comes back: how long hosts wait for it, by default 60 s. KubeRay sets the same on its own"""
 _SECRET_WORDS = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE", re.IGNORECASE)
 
 
@@ -275,6 +277,19 @@ class ClusterDescription(Config):
     def variables(self) -> dict[str, str]:
         """Environment of every Ray process, without secrets."""
         return {**HEALTH, **self.environment}
+
+    @property
+    def host_variables(self) -> dict[str, str]:
+        """The same on hosts that no operator looks after."""
+        return {**HEALTH, **(OUTLIVING if self.redis else {}), **self.environment}
+
+    @property
+    def head_variables(self) -> dict[str, str]:
+        """The same on the head, which keeps its state under the cluster's name in Redis, where there is one."""
+        if self.redis is None:
+            return self.host_variables
+        kept = {"RAY_REDIS_ADDRESS": self.redis.address, "RAY_external_storage_namespace": self.name}
+        return {**kept, **self.host_variables}
 
     @model_validator(mode="after")
     def _fits_together(self) -> ClusterDescription:

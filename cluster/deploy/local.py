@@ -21,13 +21,16 @@ def head_script(description: ClusterDescription) -> str:
     works = len(groups) == 1 and groups[0].maximum == 1
     resources = _resources(groups[0]) if works else ["--num-cpus=0", "--num-gpus=0"]
     words = ["exec", "ray", "start", "--head", "--block", "--include-dashboard=true", *resources]
-    return _script(description, words)
+    secret = description.redis is not None and description.redis.password is not None
+    password = ' --redis-password="${REDIS_PASSWORD:?set it to the password of Redis}"' if secret else ""
+    return _script(description.head_variables, description.name, words, password)
 
 
 def worker_script(description: ClusterDescription, group: WorkersConfig) -> str:
     """Starts a host of a group; `RAY_HEAD` is the head's host:port."""
     words = ["exec", "ray", "start", "--block", *_resources(group)]
-    return _script(description, words, address=True)
+    head = ' --address="${RAY_HEAD:?set it to the host:port of the head}"'
+    return _script(description.host_variables, description.name, words, head)
 
 
 def _resources(group: WorkersConfig) -> list[str]:
@@ -35,7 +38,6 @@ def _resources(group: WorkersConfig) -> list[str]:
     return [f"--num-cpus={group.cpus}", f"--num-gpus={group.gpus}"]
 
 
-def _script(description: ClusterDescription, words: list[str], *, address: bool = False) -> str:
-    exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in description.variables.items())
-    head = ' --address="${RAY_HEAD:?set it to the host:port of the head}"' if address else ""
-    return f'{_HEADER.format(name=description.name, exports=exports)}{shlex.join(words)}{head} "$@"\n'
+def _script(variables: dict[str, str], name: str, words: list[str], more: str = "") -> str:
+    exports = "\n".join(f"export {variable}={shlex.quote(value)}" for variable, value in variables.items())
+    return f'{_HEADER.format(name=name, exports=exports)}{shlex.join(words)}{more} "$@"\n'

@@ -30,6 +30,11 @@ def ray_up(description: ClusterDescription) -> Settings:
             f"secrets.{next(iter(description.secrets))} names a Kubernetes Secret, which hosts of ray up do not have: "
             "leave it out, and give the variable in the job's own environment when you submit it"
         )
+    if description.redis is not None and description.redis.password is not None:
+        raise ConfigError(
+            "redis.password names a Kubernetes Secret, which hosts of ray up do not have: leave it out, and let Redis "
+            "be reached from the cluster's network alone"
+        )
     settings: Settings = {
         "cluster_name": description.name,
         "max_workers": sum(group.maximum for group in description.workers.values()),
@@ -98,7 +103,8 @@ def _docker(description: ClusterDescription) -> Settings:
 
 def _start(description: ClusterDescription, *, head: bool) -> str:
     """`ray start` with health checks that find a lost host soon, and with the token."""
-    variables = {**description.variables, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": TOKEN}
+    given = description.head_variables if head else description.host_variables
+    variables = {**given, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": TOKEN}
     exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
     if not head:
         return f"{exports} ray start --address=$RAY_HEAD_IP:6379 --metrics-export-port=8080"

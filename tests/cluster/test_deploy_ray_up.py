@@ -119,6 +119,23 @@ def test_scripts_are_shell() -> None:
             assert all(f"export {key}={value}\n" in text for key, value in HEALTH.items())
 
 
+def test_hosts_wait_for_a_head_that_keeps_its_state() -> None:
+    """Its password is the environment's, in no file; and the address of Redis is the head's business alone."""
+    redis = {"address": "192.0.2.9:6379", "password": "redis/password"}
+    texts = render(described("on-premises", redis=redis), "local")
+    assert "export RAY_REDIS_ADDRESS=192.0.2.9:6379\n" in texts["head.sh"]
+    assert "export RAY_external_storage_namespace=raysoner\n" in texts["head.sh"]
+    assert "REDIS" not in texts["worker-gpu.sh"]
+    assert all("export RAY_gcs_rpc_server_reconnect_timeout_s=600\n" in text for text in texts.values())
+    said = subprocess.run(["sh", "-s"], input=texts["head.sh"], text=True, capture_output=True, env={"PATH": "/bin"})
+    assert "REDIS_PASSWORD: set it to the password of Redis" in said.stderr
+    with pytest.raises(ConfigError, match=r"redis\.password names a Kubernetes Secret"):
+        launcher_file("on-premises", redis=redis)
+    content = launcher_file("on-premises", redis={"address": redis["address"]})
+    assert "RAY_REDIS_ADDRESS=192.0.2.9:6379 " in content["head_start_ray_commands"][-1]
+    assert "RAY_REDIS_ADDRESS" not in content["worker_start_ray_commands"][-1]
+
+
 def test_a_worker_without_a_head_says_so() -> None:
     text = render(described("laptop"), "local")["worker-laptop.sh"]
     done = subprocess.run(["sh", "-s"], input=text, text=True, capture_output=True, env={"PATH": "/usr/bin:/bin"})

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,18 @@ RESUMED = re.compile(r"resuming  from step (\d+)")
 
 @dataclass
 class Run:
-    """`training run` with the words of `short_run`, its output in `log`."""
+    """`training run` with the words of `short_run`, its output in `log`; the words `before` it say where it runs."""
 
     ray: LocalRay
     log: Path
     words: list[str]
     environment: dict[str, str] = field(default_factory=dict)
+    before: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, *self.words],
+                [*self.before, sys.executable, *self.words],
                 env=self.ray.environment | self.environment,
                 stdout=output,
                 stderr=output,
