@@ -19,9 +19,10 @@ from cluster.memory import size
 from cluster.model import ModelShape
 from cluster.placement import gpu_nodes
 from training.config import TrainingConfig
+from training.data.prepare import Prepared
 from training.driver import check_resources, connect, inside_job, locate, prepare_data
 from tuning.config import SearchConfig, TuningConfig
-from tuning.cost import tokens_per_second
+from tuning.expected import expected_speed
 from tuning.journal import Journal, Trial, short_hash
 from tuning.machines import CPU, Machine, find_machines, probe
 from tuning.metrics import SearchMetrics
@@ -69,13 +70,15 @@ def search(
     for machine in machines:  # before the data is prepared, which may take long
         _space(machine, run, settings, shape)
     data = prepare_data(run.model_copy(update={"data": run.data.model_copy(update={"evaluation": None})}))
+    counts = Prepared.model_validate(data["prepared"]).counts
+    documents = max(1, round(counts["tokens"] / max(1, counts["documents"])))
     versions = {"python": platform.python_version(), **{package: version(package) for package in VERSIONS}}
     folder = Path(settings.storage).expanduser().absolute()
     studies = {}
     for machine in machines:
         identity = identity_of(machine, run, settings, versions, data)
         path = folder / f"{machine.name}-{name}-{short_hash(identity)}.jsonl"
-        studies[machine.name] = make_study(machine, run, settings, shape, Journal(path, identity))
+        studies[machine.name] = make_study(machine, run, settings, shape, Journal(path, identity), documents)
         _announce(studies[machine.name], machine, path)
     if any(study.over is None for study in studies.values()):
         job = make_job(run, settings, data)
@@ -103,14 +106,19 @@ def make_job(run: TrainingConfig, settings: TuningConfig, data: Mapping[str, Any
 
 
 def make_study(
-    machine: Machine, run: TrainingConfig, settings: TuningConfig, shape: ModelShape, journal: Journal
+    machine: Machine,
+    run: TrainingConfig,
+    settings: TuningConfig,
+    shape: ModelShape,
+    journal: Journal,
+    document_tokens: int,
 ) -> Study:
     """The study of a GPU type, with what its journal knows; the run's own point and the seed's are measured first."""
     memory, profile = machine.memory_bytes(settings.memory_gib), machine.profile
     if settings.again:
         journal.clear()
     space = _space(machine, run, settings, shape)
-    expected = {point: tokens_per_second(point, run, shape, profile) for point in space.points}
+    expected = {point: expected_speed(point, run, shape, profile, document_tokens) for point in space.points}
     own = configured_or_none(run, shape, memory)
     baselines = [point for point in (own, seed_point(machine.name, run)) if point is not None]
     study = Study(machine.name, space, expected, settings, journal, baselines, machine.slots)
