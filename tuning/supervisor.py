@@ -82,12 +82,28 @@ def run_trial(
         "steps": job["warmup_steps"] + job["steps"],
         "limit_bytes": job["limit_bytes"],
     }
-    watch = _Watch(point, job, report)
+    watch = TrialWatch(point, job, report)
+    seconds, tail = supervise(watch, order, config, command)
+    return watch.result(seconds, tail)
+
+
+def supervise(
+    watch: Watch, order: dict[str, Any], config: TrainingConfig, command: Sequence[str] = COMMAND
+) -> tuple[float, str]:
+    """Run a trial's processes here, until it is over; none is left when this returns or raises.
+
+    Args:
+        watch: is told what happens.
+        order: for each worker; see `tuning.trial`.
+        config: of the run, for the number of workers.
+        command: that becomes a worker.
+
+    Returns: the seconds that it took, and the last that its processes printed.
+    """
     began = time.monotonic()
     with tempfile.TemporaryFile() as log, _Workers(command, order, config, log) as workers:
-        watch.follow(workers, began + job["trial_seconds"])
-        tail = _tail(log)
-    return watch.result(time.monotonic() - began, tail)
+        watch.follow(workers, began + watch.limit_seconds)
+        return time.monotonic() - began, _tail(log)
 
 
 class _Workers:
@@ -158,17 +174,19 @@ class _Workers:
                 return
 
 
-class _Watch:
-    """What is known of a running trial."""
+class Watch:
+    """What is known of a running trial, whatever it measures.
 
-    def __init__(self, point: Point, job: Mapping[str, Any], report: Callable[[Trial], None]) -> None:
-        self.point, self.job, self.report = point, job, report
+    Args:
+        limit_seconds: after which it counts as one that hangs.
+        limit_setting: that says so, for a person.
+    """
+
+    def __init__(self, limit_seconds: float, limit_setting: str) -> None:
+        self.limit_seconds, self.limit_setting = limit_seconds, limit_setting
         self.outcome, self.reason = "", ""
         self.device: str | None = None
-        self.speeds: list[float] = []
-        self.seconds: list[float] = []
         self.peak_bytes: int | None = None
-        self.loss: float | None = None
         self.first_step_seconds: float | None = None
 
     def follow(self, workers: _Workers, until: float) -> None:
@@ -177,8 +195,7 @@ class _Watch:
         for event in workers.lines(until):
             if event is None:
                 self.outcome = "hung"
-                minutes = self.job["trial_seconds"] / 60
-                self.reason = f"it was not done after {minutes:g} minutes, as tuning.trial_minutes says"
+                self.reason = f"it was not done after {self.limit_seconds / 60:g} minutes, as {self.limit_setting} says"
                 return
             kind = event["event"]
             if kind == "begun":
@@ -186,7 +203,11 @@ class _Watch:
             elif kind == "step":
                 if self.first_step_seconds is None:
                     self.first_step_seconds = round(time.monotonic() - began, 2)
-                self._step(event)
+                self.peak_bytes = max(self.peak_bytes or 0, event["peak_bytes"])
+                if not event["rank"]:
+                    self.step(event)
+                if self.outcome:
+                    return
             elif kind in ("out_of_memory", "error"):
                 self.outcome = "out_of_memory" if kind == "out_of_memory" else "failed"
                 self.reason = event["reason"]
@@ -201,11 +222,30 @@ class _Watch:
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         self.outcome, self.reason = "died", f"a process of the trial ended {how}"
 
-    def _step(self, event: dict[str, Any]) -> None:
-        """A step of some worker; all say the same figures, which are of all of them together."""
-        self.peak_bytes = max(self.peak_bytes or 0, event["peak_bytes"])
-        if event["rank"]:
-            return
+    def step(self, event: dict[str, Any]) -> None:
+        """A step of the first worker; all say the same figures, which are of all of them together. What sets `outcome`
+        ends the trial."""
+        raise NotImplementedError
+
+    def said(self, tail: str) -> str:
+        """The reason, with the last line of `tail` where processes ended without a word."""
+        lines = tail.strip().splitlines()
+        told = f"; the last it said: {lines[-1][:TAIL_CHARACTERS]}" if self.outcome == "died" and lines else ""
+        return self.reason + told
+
+
+class TrialWatch(Watch):
+    """The speed of a point, for `run_trial`."""
+
+    def __init__(self, point: Point, job: Mapping[str, Any], report: Callable[[Trial], None]) -> None:
+        super().__init__(job["trial_seconds"], "tuning.trial_minutes")
+        self.point, self.job, self.report = point, job, report
+        self.speeds: list[float] = []
+        self.seconds: list[float] = []
+        self.loss: float | None = None
+
+    def step(self, event: dict[str, Any]) -> None:
+        """Count it, if it is none of the warm-up, and report what is known so far."""
         self.loss = event["loss"]
         if event["step"] <= self.job["warmup_steps"]:
             return
@@ -219,8 +259,6 @@ class _Watch:
     def result(self, seconds: float, tail: str) -> Trial:
         """The record."""
         figured = self.outcome in ("measured", "slow")
-        lines = tail.strip().splitlines()
-        said = f"; the last it said: {lines[-1][:TAIL_CHARACTERS]}" if self.outcome == "died" and lines else ""
         return Trial.model_validate(
             {
                 "point": point_fields(self.point),
@@ -235,10 +273,15 @@ class _Watch:
                 "loss": None if self.loss is None or math.isnan(self.loss) else self.loss,
                 "device": self.device,
                 "host": socket.gethostname(),
-                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "reason": self.reason + said,
+                "date": now(),
+                "reason": self.said(tail),
             }
         )
+
+
+def now() -> str:
+    """The time, for a record."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def noise(values: list[float]) -> float:

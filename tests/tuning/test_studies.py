@@ -68,7 +68,7 @@ def test_what_tune_says_of_a_trials_end_becomes_its_outcome(asking: Studies) -> 
         else:
             asking.errors[end] = ("failed", "KeyError: no")
             asking.on_trial_complete(end, None, error=True)
-        outcomes[end] = asking.studies[name].journal.trials[-1]
+        outcomes[end] = asking.studies[name].journal.trials[-1]  # type: ignore[attr-defined]
     assert {end: trial.outcome for end, trial in outcomes.items()} == {
         "whole": "measured",
         "slow": "slow",
@@ -125,8 +125,8 @@ def test_a_type_whose_nodes_are_gone_leaves_the_search(asking: Studies) -> None:
         assert chosen is not None
     assert chosen is not None
     assert chosen.config["gpu_type"] == "H100"
-    assert asking.studies["A100"].running == set()
-    assert asking.studies["A100"].journal.trials == []
+    assert asking.studies["A100"].running == set()  # type: ignore[attr-defined]
+    assert asking.studies["A100"].journal.trials == []  # type: ignore[attr-defined]
     assert asking.studies["A100"].over is None  # the same command goes on with it
     finish(asking, chosen.trial_id, Point(**chosen.config["point"]))
     assert suggest(asking, "next")[0] == "H100"
