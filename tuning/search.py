@@ -141,7 +141,10 @@ def make_study(
     if settings.again:
         journal.clear()
     space = _space(machine, run, settings, shape)
-    expected = {point: expected_speed(point, run, shape, profile, document_tokens) for point in space.points}
+    expected = {
+        point: expected_speed(point, run, shape, profile, document_tokens, machine.workers_per_node)
+        for point in space.points
+    }
     own = configured_or_none(run, shape, memory)
     baselines = [point for point in (own, seed_point(machine.name, run)) if point is not None]
     study = Study(machine.name, space, expected, settings, journal, baselines, machine.slots)
@@ -217,7 +220,7 @@ def tune_all(
         trial: what runs on the node.
         folder: for what Tune and TensorBoard write.
     """
-    bundles = {machine.name: tune.PlacementGroupFactory([machine.bundle(run)]) for machine in machines}
+    bundles = {machine.name: tune.PlacementGroupFactory(machine.bundles(run), strategy="PACK") for machine in machines}
     trainable = tune.with_resources(trial, lambda config: bundles[config["gpu_type"]])
     slots = sum(machine.slots for machine in machines)
     with environment(TUNE_MAX_PENDING_TRIALS_PG=str(slots), TUNE_DISABLE_SIGINT_HANDLER="1"):

@@ -137,7 +137,8 @@ def run_steps(order: dict[str, Any], say: Say) -> None:
     """Train as many steps as `order` says, from the beginning of the run that it holds.
 
     Args:
-        order: `config` and `data` as a worker gets them, `steps`, `rank`, `limit_bytes` of a CPU or None.
+        order: `config` and `data` as a worker gets them, `steps`, `rank` and `local_rank`, `workers_per_node`, and
+            `limit_bytes` of a CPU or None.
         say: takes each event.
 
     Raises:
@@ -175,13 +176,12 @@ Make = Callable[[Dataset, Dataset | None, TrainerCallback], DurableTrainer]
 @contextmanager
 def _set_up(config: TrainingConfig, order: dict[str, Any], say: Say) -> Iterator[tuple[Path, Make, Meter]]:
     """The run's model on this worker's device: a scratch folder, what makes its trainer, and the meter of that."""
-    rank = order["rank"]
-    device = _device(config, rank)
+    device = _device(config, order["local_rank"])
     set_seed(config.run.seed)
     base = checkpoint_folder(config.model.path)
     shape = ModelShape.from_folder(base)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    strategy = choose_strategy(config, shape, config.workers.count, memory)
+    strategy = choose_strategy(config, shape, order["workers_per_node"], memory)
     mesh = sharding_mesh(device, strategy.shards) if strategy.shards > 1 else None
     with scratch_folder() as scratch:
         config = config.model_copy(update={"run": config.run.model_copy(update={"storage": str(scratch)})})
@@ -230,11 +230,11 @@ def _evaluated(config: TrainingConfig, steps: int, every: int) -> TrainingConfig
     return config.model_copy(update={"run": run})
 
 
-def _device(config: TrainingConfig, rank: int) -> torch.device:
+def _device(config: TrainingConfig, local_rank: int) -> torch.device:
     """This worker's device; the process group is joined, as Ray Train does for a run's workers, also for a single one:
     data parallelism then wraps the model as it does there."""
     if config.workers.gpus:
-        device = torch.device("cuda", rank * config.workers.gpus)
+        device = torch.device("cuda", local_rank * config.workers.gpus)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")

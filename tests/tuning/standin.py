@@ -104,6 +104,28 @@ def stand_in(config: dict[str, Any], job: dict[str, Any]) -> None:
     tune.report({"step": job["steps"], "tokens_per_second": known.tokens_per_second, "trial": whole.model_dump_json()})
 
 
+SCRIPT = """
+import json, os, sys, time
+order = json.loads(sys.stdin.readline())
+names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
+about = {name: os.environ.get(name) for name in names} | {"pid": os.getpid(), "near": order["workers_per_node"]}
+folder = order["config"]["run"]["storage"]
+open(f"{folder}/rank-{order['rank']}.json", "w").write(json.dumps(about))
+while len([name for name in os.listdir(folder) if name.startswith("rank-")]) < 2:
+    time.sleep(0.02)
+if order["rank"] == 1:
+    event = {"event": "out_of_memory", "reason": "20 GiB", "rank": 1}
+    os.write(order["events"], json.dumps(event).encode() + b"\\n")
+time.sleep(600)
+"""
+
+
+def one_runs_out_of_memory(config: dict[str, Any], job: dict[str, Any]) -> None:
+    """A trial of workers that write down where they are, of which the second one runs out of memory."""
+    trial = run_trial(Point(**config["point"]), job, lambda _: None, (sys.executable, "-c", SCRIPT))
+    tune.report({"step": 0, "trial": trial.model_dump_json()})
+
+
 def _note(folder: Path, name: str, what: str) -> None:
     with (folder / "events.jsonl").open("a") as stream:
         stream.write(json.dumps({"type": name, "event": what, "time": time.time()}) + "\n")

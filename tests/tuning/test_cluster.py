@@ -21,10 +21,10 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from cluster.config import ConfigError
+from cluster.config import ConfigError, load_files
 from cluster.model import GPT_OSS_20B
 from tests.tuning.landscape import landscape
-from tests.tuning.standin import events, stand_in, train_stand_in
+from tests.tuning.standin import events, one_runs_out_of_memory, stand_in, train_stand_in
 from tuning.config import SearchConfig, SpaceConfig
 from tuning.journal import Trial
 from tuning.quality.candidates import Candidate
@@ -226,6 +226,52 @@ def test_a_model_that_does_not_fit_a_type_is_answered_before_anything_is_measure
     assert not events(tmp_path / "runs")
 
 
+def test_workers_of_a_trial_are_spread_where_no_node_has_room_and_end_together(
+    imaginary: Cluster, base: Path, tmp_path: Path
+) -> None:
+    config = configured(base, tmp_path, trials=1, gpu_types=["H100"])
+    two = config.model_copy(update={"workers": config.workers.model_copy(update={"count": 2})})
+    node = add_gpu(imaginary, "H100")
+    try:
+        (result,) = search(two, "test", one_runs_out_of_memory)
+    finally:
+        imaginary.remove_node(node)
+    assert [(trial.outcome, trial.reason) for trial in result.trials] == [("out_of_memory", "20 GiB")]
+    ranks = [json.loads((tmp_path / "runs" / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [(each["RANK"], each["WORLD_SIZE"], each["LOCAL_RANK"]) for each in ranks] == [
+        ("0", "2", "0"),
+        ("1", "2", "0"),
+    ]
+    assert [(each["NODE_RANK"], each["near"], each["CUDA_VISIBLE_DEVICES"]) for each in ranks] == [
+        ("0", 1, "0"),
+        ("1", 1, "0"),
+    ]
+    assert ranks[0]["MASTER_PORT"] == ranks[1]["MASTER_PORT"]
+    for each in ranks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(each["pid"], 0)
+
+
+def test_a_real_trial_on_two_nodes(imaginary: Cluster, tmp_path: Path) -> None:
+    """Three workers of the demo over gloo, of which the head has room for two."""
+    config = load_files(SearchConfig, "training/configs/demo.toml")
+    changes: dict[str, dict[str, Any]] = {
+        "workers": {"count": 3},
+        "batch": {"micro_batch_size": 2},
+        "run": {"storage": str(tmp_path / "runs")},
+        "tuning": {"storage": str(tmp_path / "journals"), "trials": 1, "steps": 2, "warmup_steps": 1},
+    }
+    raw = config.model_dump()
+    for table, values in changes.items():
+        raw[table] |= values
+    (result,) = search(SearchConfig.model_validate(raw), "test")
+    (trial,) = result.trials
+    assert trial.outcome == "measured", trial.reason
+    assert (trial.where.micro_batch_size, trial.where.accumulation_steps, result.workers) == (2, 1, 3)
+    assert len(trial.speeds) == 2
+    assert 0.1 < (trial.loss or 0.0) < 5
+
+
 DRIVER = """
 import sys
 from tests.tuning.standin import stand_in
@@ -272,5 +318,5 @@ def test_a_type_that_is_not_there_is_answered_with_what_is(imaginary: Cluster, b
     assert "1 × A100 on " in str(caught.value)
     large = config.model_copy(update={"workers": config.workers.model_copy(update={"count": 2})})
     large = large.model_copy(update={"tuning": config.tuning.model_copy(update={"gpu_types": ("H100",)})})
-    with pytest.raises(ConfigError, match=r"a trial runs on one node and needs 2 GPUs for workers\.count = 2"):
+    with pytest.raises(ConfigError, match=r"a trial needs 2 GPUs for workers\.count = 2, and the cluster has 1 × H100"):
         search(large, "test", stand_in)

@@ -11,8 +11,9 @@ from typing import Any
 from ray import tune
 
 from training.config import TrainingConfig
+from tuning.processes import COMMAND, ROOT
 from tuning.quality.candidates import Candidate, Curve, Evaluation, mean_loss, new_curve, steps_of
-from tuning.supervisor import COMMAND, ROOT, Watch, now, supervise
+from tuning.supervisor import Watch, now, supervise
 
 
 def measure(config: dict[str, Any], job: dict[str, Any]) -> None:
