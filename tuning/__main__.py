@@ -33,7 +33,7 @@ a table [tuning]:
 
 With --objective quality it searches rows of a step, learning rate and rank instead, by the held-out loss of whole runs:
 
-  python -m tuning search --objective quality --config training/configs/gpt-oss-20b.toml --data.train train.jsonl \
+  python -m tuning search --objective quality --config training/configs/gpt-oss-20b.toml --data.train train.jsonl \\
       --data.evaluation heldout.jsonl
 
 Each GPU type is searched at the same time. What is found is written to tuning/profiles, where `training run --profile
