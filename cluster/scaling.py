@@ -78,7 +78,7 @@ class Work:
     accumulation_steps: int
     """micro-batches of a GPU in a step"""
     step_seconds: float
-    """that one GPU with the whole base was measured to take, or `seconds_of_flops`"""
+    """that one GPU with the whole base was measured to take, or `cluster.step_time.step_seconds`"""
     memory_bytes_per_second: float
     """of the GPU"""
 
@@ -169,15 +169,6 @@ def layouts_of(gpus: int, gpus_per_host: int) -> list[Layout]:
     """All strategies on so many GPUs, from a whole base on each to one that all share."""
     hybrid = {gpus_per_host} if 1 < gpus_per_host < gpus and gpus % gpus_per_host == 0 else set()
     return [Layout(gpus, gpus_per_host, shards) for shards in sorted({1, gpus} | hybrid)]
-
-
-def seconds_of_flops(flops_per_token: float, tokens: int, flops_per_second: float, share: float) -> float:
-    """Of a step that was not measured: `tokens` of one GPU at a `share` (0 to 1) of its FLOP/s."""
-    if not 0 < share <= 1:
-        raise ValueError(
-            f"the share of a GPU's FLOP/s that a step reaches lies above 0 and not above 1, not at {share}"
-        )
-    return flops_per_token * tokens / (flops_per_second * share)
 
 
 def all_gather_seconds(received_bytes: float, layout: Layout, links: Links) -> float:

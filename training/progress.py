@@ -20,6 +20,9 @@ NOTABLE_WAIT = 0.1
 REPORT_SECONDS = 5.0
 """training time between two reports; Ray Train's controller takes one from each worker every two seconds"""
 
+OF_LANGUAGE = "eval_loss_"
+"""before the tag of a language in transformers' log: its held-out loss"""
+
 RENAMED = {"eval_loss": "evaluation_loss", "grad_norm": "gradient_norm"}
 """gauges whose names are not those of transformers' log"""
 
@@ -102,7 +105,7 @@ class Progress(TrainerCallback):
         named = {"loss": "loss", "eval_loss": "held-out loss"}
         parts = [f"{title} {float(logs[key]):.4f}" for key, title in named.items() if key in logs]
         if parts:
-            parts += _speed(self.figures) + self._time_left(state) + _limits(self.figures)
+            parts += _by_language(logs) + _speed(self.figures) + self._time_left(state) + _limits(self.figures)
             print(f"{_bar(state.global_step, state.max_steps)} {', '.join(parts)}", flush=True)
 
     def _time_left(self, state: TrainerState) -> list[str]:
@@ -116,6 +119,12 @@ class Progress(TrainerCallback):
             return []
         left = self.step_seconds * (state.max_steps - step)
         return [f"{int(left // 60)}:{int(left % 60):02} left"]
+
+
+def _by_language(logs: dict[str, float]) -> list[str]:
+    """The held-out loss of each language, in a line of evaluation, like `de 1.32 · fr 1.28`."""
+    named = {name.removeprefix(OF_LANGUAGE): logs[name] for name in sorted(logs) if name.startswith(OF_LANGUAGE)}
+    return [" · ".join(f"{tag} {loss:.4f}" for tag, loss in named.items())] if named else []
 
 
 def _speed(figures: dict[str, float]) -> list[str]:

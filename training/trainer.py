@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -48,6 +48,8 @@ class WeightedTrainer(SFTTrainer):
             `global_batch_size` alone.
         full_batches: as StepSampler's.
         activation_offload: activations wait in host memory between forward and backward pass.
+        languages: of the held-out rows, by their places in the column `languages`; evaluation then also says the loss
+            of each, `eval_loss_TAG`.
         keywords: as SFTTrainer's.
 
     Raises:
@@ -65,6 +67,7 @@ class WeightedTrainer(SFTTrainer):
         group_lengths: bool = False,
         full_batches: bool = False,
         activation_offload: bool = False,
+        languages: Sequence[str] = (),
         **keywords: Any,
     ) -> None:
         super().__init__(*arguments, **keywords)
@@ -73,6 +76,7 @@ class WeightedTrainer(SFTTrainer):
         self.global_batch_size = global_batch_size
         self.group_lengths = group_lengths
         self.full_batches = full_batches
+        self.languages = tuple(languages)
         self.offload = Offload(self.model, self.args.device) if activation_offload else None
         self._training, self._evaluation = _Sums(), _Sums()
         self._tokens_before = 0
@@ -99,7 +103,7 @@ class WeightedTrainer(SFTTrainer):
             raise NotImplementedError("logits are never whole, so there are none for compute_metrics; leave it unset")
         labels = inputs["labels"] if model.training else self._without_repeated_rows(inputs["labels"])
         balanced = model.training and self.router_balance > 0
-        fed = {name: inputs[name] for name in inputs if name not in ("labels", "loss_weights")}
+        fed = {name: inputs[name] for name in inputs if name not in ("labels", "loss_weights", "languages")}
         # The one wait for the device, for the number of tokens; each token is predicted at the place before its own.
         places = pad(labels[:, 1:] != IGNORED, (0, 1)).flatten().nonzero().squeeze(1)
         offloading = self.offload() if self.offload and model.training else nullcontext()
@@ -119,6 +123,8 @@ class WeightedTrainer(SFTTrainer):
         sums.add(hits=hits, trained=len(places), tokens=labels.numel(), written=_padding_mask(inputs).sum())
         if not model.training:
             sums.add(nll=loss.detach().double() * len(places))
+            if "languages" in inputs:
+                self._add_languages(hidden, labels.flatten()[places + 1], inputs, places)
         if balanced:
             balance, counted = self._balancing_loss(outputs.router_logits, inputs)
             sums.add(balance=balance.detach(), batches=counted)
@@ -192,6 +198,9 @@ class WeightedTrainer(SFTTrainer):
             trained = max(1, figures["trained"])
             output.metrics[f"{metric_key_prefix}_loss"] = figures["nll"] / trained
             output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = figures["hits"] / trained
+            for tag in self.languages:
+                of_language = figures[f"nll {tag}"] / max(1, figures[f"trained {tag}"])
+                output.metrics[f"{metric_key_prefix}_loss_{tag}"] = of_language
         return output
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
@@ -245,6 +254,24 @@ class WeightedTrainer(SFTTrainer):
             return labels
         kept = max(0, state.remainder - self.accelerator.process_index * len(labels))
         return torch.cat((labels[:kept], torch.full_like(labels[kept:], IGNORED)))
+
+    def _add_languages(
+        self, hidden: torch.Tensor, labels: torch.Tensor, inputs: dict[str, Any], places: torch.Tensor
+    ) -> None:
+        """Each language's part of an evaluation's sums; all languages on every worker, which add up the same names."""
+        spoken = inputs["languages"].flatten()[places + 1]
+        weights = inputs.get("loss_weights")
+        for place, tag in enumerate(self.languages):
+            own = (spoken == place).nonzero().squeeze(1)
+            nll, _ = weighted_nll(
+                hidden.index_select(0, own),
+                self.model.get_output_embeddings().weight,
+                labels[own],
+                torch.ones_like(own, dtype=torch.float32) if weights is None else weights.flatten()[places + 1][own],
+                self.chunk_tokens,
+            )
+            sums: dict[str, torch.Tensor | int] = {f"nll {tag}": nll.detach().double(), f"trained {tag}": len(own)}
+            self._evaluation.add(**sums)
 
     def _balancing_loss(
         self, router_logits: tuple[torch.Tensor, ...], inputs: dict[str, Any]

@@ -24,6 +24,7 @@ from training.arguments import row_multiple, trainer_arguments
 from training.checkpoints.snapshot import Snapshot
 from training.config import TrainingConfig
 from training.data.collator import Collator
+from training.data.heldout import with_languages
 from training.data.prepare import Prepared
 from training.data.shards import read_shards
 from training.durable import DurableTrainer
@@ -135,6 +136,7 @@ def make_trainer(
         scratch: folder of this worker alone.
         callbacks: beside those of the trainer itself.
     """
+    evaluation, languages = with_languages(evaluation, base) if evaluation is not None else (None, ())
     trainer = DurableTrainer(
         model=model,
         args=trainer_arguments(config, scratch, evaluate=evaluation is not None),
@@ -148,6 +150,7 @@ def make_trainer(
         global_batch_size=config.global_batch_size,
         group_lengths=not config.data.packing,
         full_batches=config.compiled,
+        languages=languages,
         keeper=keeper,
         meter=meter,
         tolerated_skips=config.optimizer.tolerated_skips,

@@ -17,7 +17,7 @@ from tuning.config import SearchConfig
 
 USAGE = """usage: python -m tuning VERB [flags]
 
-  search  find the fastest batch of a training run on each GPU type of a cluster
+  search  find the fastest batch of a training run on each GPU type of a cluster, or its best learning rate
   report  tables and one HTML page of what was found
   predict the batch that arithmetic expects to be fastest, for a GPU that is not at hand
 
@@ -30,6 +30,11 @@ a table [tuning]:
 
   python -m tuning search --config training/configs/gpt-oss-20b.toml --data.train train.jsonl --gpu-type H100,A100
   python -m tuning search --config training/configs/gpt-oss-20b.toml --tuning.trials 12 --tuning.minutes 20
+
+With --objective quality it searches rows of a step, learning rate and rank instead, by the held-out loss of whole runs:
+
+  python -m tuning search --objective quality --config training/configs/gpt-oss-20b.toml --data.train train.jsonl \\
+      --data.evaluation heldout.jsonl
 
 Each GPU type is searched at the same time. What is found is written to tuning/profiles, where `training run --profile
 auto` finds it. The same command again goes on where it was interrupted, and measures nothing twice."""
@@ -48,19 +53,33 @@ def main(arguments: list[str]) -> int:
 
 def _search(arguments: list[str]) -> int:
     config = _load("search", SEARCH, arguments)
-
-    from tuning.result import write_result
-    from tuning.search import search
-
+    command = shlex.join(["python", "-m", "tuning", "search", *arguments])
+    objectives = {"throughput": _search_batch, "quality": _search_quality}
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        results = search(config, shlex.join(["python", "-m", "tuning", "search", *arguments]))
+        return objectives[config.tuning.objective](config, command)
     except KeyboardInterrupt as interrupt:
         print("stopped   what was measured is kept; the same command goes on from there", flush=True)
         return 143 if interrupt.args else 130
+
+
+def _search_batch(config: SearchConfig, command: str) -> int:
+    from tuning.result import write_result
+    from tuning.search import search
+
+    results = search(config, command)
     for result in results:
         print(f"written   {write_result(result, Path(config.tuning.profiles))}", flush=True)
     return 0 if all(result.chosen for result in results) else 1
+
+
+def _search_quality(config: SearchConfig, command: str) -> int:
+    from tuning.quality.result import write_result
+    from tuning.quality.search import search
+
+    result = search(config, command)
+    print(f"written   {write_result(result, Path(config.tuning.profiles))}", flush=True)
+    return 0 if result.chosen else 1
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:
@@ -81,10 +100,12 @@ def _predict(arguments: list[str]) -> int:
 
 
 def _load(verb: str, description: str, arguments: list[str]) -> SearchConfig:
-    """The settings of a verb; `--gpu-type` is short for `--tuning.gpu_types`."""
+    """The settings of a verb, whose flags `--gpu-type` and `--objective` are short for those of the table [tuning]."""
     parser = ConfigParser(SearchConfig, prog=f"python -m tuning {verb}", description=description)
     parser.add_argument("--gpu-type", help="short for --tuning.gpu_types: names with commas between them, or all")
+    parser.add_argument("--objective", help="short for --tuning.objective: throughput or quality")
     words = [re.sub(r"^--gpu-type(?==|$)", "--tuning.gpu_types", word) for word in arguments]
+    words = [re.sub(r"^--objective(?==|$)", "--tuning.objective", word) for word in words]
     return parser.load(SearchConfig, words)[0]
 
 

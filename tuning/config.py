@@ -51,9 +51,38 @@ class SpaceConfig(Config):
         return self
 
 
+class QualityConfig(Config):
+    """What the objective quality tries, and how long each candidate is trained. A list that is empty is filled around
+    the run's own value."""
+
+    global_batch_size: tuple[PositiveInt, ...] = ()
+    """rows of an optimizer step; empty takes half as many as the run has, as many, and twice as many"""
+    learning_rate: tuple[PositiveFloat, ...] = ()
+    """peak learning rates; empty takes a third of the run's, the run's, and three times as much"""
+    rank: tuple[PositiveInt, ...] = ()
+    """ranks of the adapters, with the run's own scale of their output; empty takes half the run's, the run's, and twice
+    as much"""
+    rows: PositiveInt | None = None
+    """rows that each candidate is trained on, its schedule over all of them; by default as many as the run takes"""
+    evaluations: Annotated[int, Field(ge=2)] = 9
+    """measurements of the held-out loss, evenly spread over those rows; the last one counts"""
+    reduction: Annotated[float, Field(gt=1)] = 3.0
+    """after the 1st, 3rd, 9th … measurement only this part of the candidates goes on, the best third (Li et al. 2020,
+    "A System for Massively Parallel Hyperparameter Tuning", as Ray Tune's ASHA has it)"""
+    repeats: NonNegativeInt = 2
+    """how often the run's own settings are trained again with another seed: by how much their losses differ is noise"""
+    minutes: PositiveFloat = 120.0
+    """a candidate that takes longer is ended, and counts as one that hangs"""
+
+
 class TuningConfig(Config):
     """How a search goes: where, for how long, and what counts as better."""
 
+    objective: Literal["throughput", "quality"] = "throughput"
+    """throughput searches the fastest batch on each GPU type; quality the step size, learning rate and rank with the
+    lowest held-out loss, the mean over the languages of `data.evaluation`"""
+    quality: QualityConfig = QualityConfig()
+    """what the objective quality tries"""
     gpu_types: Annotated[Literal["all"] | tuple[str, ...], BeforeValidator(_unwrap_word)] = "all"
     """GPU types to search on, as Ray calls them (H100, H200, A100, …); all takes every type of the cluster"""
     space: SpaceConfig = SpaceConfig()

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -65,21 +65,25 @@ class Trial(BaseModel):
         return Point(**self.point)
 
 
-class Journal:
+Record = TypeVar("Record", bound=BaseModel)
+
+
+class Journal(Generic[Record]):
     """The journal file of one study.
 
     Args:
         path: of the file; its folder is made.
         identity: what must be the same for its trials to count, by name.
+        kind: what is kept of each trial.
 
     Raises:
         OSError: the file cannot be read or written.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Path, identity: Mapping[str, Any], kind: type[Record]) -> None:
+        self.path, self.kind = path, kind
         self.identity = json.loads(json.dumps(identity, default=str))
-        self.trials: list[Trial] = []
+        self.trials: list[Record] = []
         self.finished: str | None = None
         """why the search was over; None while it is not"""
         self._whole_bytes = 0
@@ -89,7 +93,7 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._write({"format": FORMAT, "identity": self.identity})
 
-    def add(self, trial: Trial) -> None:
+    def add(self, trial: Record) -> None:
         """Keep a trial."""
         self.trials.append(trial)
         self._write(trial.model_dump(mode="json"))
@@ -123,7 +127,7 @@ class Journal:
             self.finished = entry["finished"]
             return True
         try:
-            self.trials.append(Trial.model_validate(entry))
+            self.trials.append(self.kind.model_validate(entry))
         except ValidationError:
             return False
         self.finished = None

@@ -33,6 +33,10 @@ class Machine:
     driver: str | None = None
     reported_bytes: int | None = None
     """memory that its driver reports"""
+    spread: bool = False
+    """no node has room for all workers of a trial, so each is placed by itself"""
+    workers_per_node: int | None = None
+    """that the largest node takes, where they are spread"""
 
     @property
     def profile(self) -> GpuProfile | None:
@@ -47,12 +51,18 @@ class Machine:
             return round(given_gib * GIB)
         return self.profile.memory_bytes if self.profile else self.reported_bytes
 
-    def bundle(self, config: TrainingConfig) -> dict[str, float]:
-        """What Ray reserves for a trial of the run, on one node."""
+    def bundles(self, config: TrainingConfig) -> list[dict[str, float]]:
+        """What Ray reserves for a trial of the run: on one node, or for each worker apart, behind an empty bundle for
+        the process that watches them."""
         workers = config.workers
-        bundle = {"CPU": float(workers.count * workers.cpus)}
+        if self.spread:
+            return [{}, *(self._bundle(workers.cpus, workers.gpus) for _ in range(workers.count))]
+        return [self._bundle(workers.count * workers.cpus, workers.count * workers.gpus)]
+
+    def _bundle(self, cpus: int, gpus: int) -> dict[str, float]:
+        bundle = {"CPU": float(cpus)}
         if self.name != CPU:
-            bundle |= {"GPU": float(workers.count * workers.gpus), f"{TYPE_PREFIX}{self.name}": SHARE}
+            bundle |= {"GPU": float(gpus), f"{TYPE_PREFIX}{self.name}": SHARE}
         return bundle
 
 
@@ -62,25 +72,26 @@ def find_machines(
     """The types to search on.
 
     Args:
-        config: of the run, all of whose workers must fit one node.
+        config: of the run. Its workers share a node where one has room for all of them.
         wanted: names of types, or "all".
         nodes: as `ray.nodes()` returns them.
 
     Raises:
-        ConfigError: a type is not there, or none of its nodes has room for the run's workers.
+        ConfigError: a type is not there, or its nodes have no room for the run's workers.
     """
     alive = [node for node in nodes if node["Alive"]]
     workers = config.workers
     if not workers.gpus:
         if wanted != "all" and list(wanted) != [CPU]:
             raise ConfigError(f"tuning.gpu_types = {list(wanted)} and workers.gpus = 0: leave one of the two out")
-        cpus = max((node["Resources"].get("CPU", 0.0) for node in alive), default=0.0)
-        if workers.count * workers.cpus > cpus:
+        cpus = [node["Resources"].get("CPU", 0.0) for node in alive]
+        room = sum(int(each // workers.cpus) for each in cpus)
+        if workers.count > room:
             raise ConfigError(
-                f"workers.count = {workers.count} with {workers.cpus} CPU each do not fit one node, whose largest has "
-                f"{cpus:g}: a trial runs on one node; lower workers.count or workers.cpus"
+                f"workers.count = {workers.count} with {workers.cpus} CPU each need more than the cluster has, room "
+                f"for {room}: lower workers.count or workers.cpus"
             )
-        return [Machine(CPU, 1)]
+        return [Machine(CPU, 1, spread=workers.count * workers.cpus > max(cpus))]
     found = gpu_nodes(alive)
     types = {node.accelerator_type for node in found if node.accelerator_type}
     there = describe_nodes(found) or "no GPUs"
@@ -89,19 +100,21 @@ def find_machines(
         raise ConfigError(f"tuning.gpu_types names {missing[0]}, which the cluster lacks: it has {there}")
     if not names:
         raise ConfigError(f"the cluster has {there}, and no GPU of a type that Ray knows: set workers.gpus = 0")
-    return [Machine(name, _slots(config, name, found)) for name in names]
+    return [_machine(config, name, found) for name in names]
 
 
-def _slots(config: TrainingConfig, name: str, nodes: Sequence[GpuNode]) -> int:
-    each = config.workers.count * config.workers.gpus
+def _machine(config: TrainingConfig, name: str, nodes: Sequence[GpuNode]) -> Machine:
+    """The type with its slots: trials on a node each where a node has room for one, else on several."""
+    workers = config.workers
     own = [node for node in nodes if node.accelerator_type == name]
-    slots = sum(node.gpus // each for node in own)
-    if not slots:
-        raise ConfigError(
-            f"a trial runs on one node and needs {each} GPUs for workers.count = {config.workers.count}, and the "
-            f"cluster has {describe_nodes(own)}: lower workers.count"
-        )
-    return slots
+    if slots := sum(node.gpus // (workers.count * workers.gpus) for node in own):
+        return Machine(name, slots)
+    if slots := sum(node.gpus // workers.gpus for node in own) // workers.count:
+        return Machine(name, slots, spread=True, workers_per_node=max(node.gpus // workers.gpus for node in own))
+    raise ConfigError(
+        f"a trial needs {workers.count * workers.gpus} GPUs for workers.count = {workers.count}, and the cluster has "
+        f"{describe_nodes(own)}: lower workers.count"
+    )
 
 
 def probe(machines: Sequence[Machine]) -> list[Machine]:

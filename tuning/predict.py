@@ -13,7 +13,7 @@ from cluster.model import ModelShape
 from training.config import TrainingConfig
 from training.profile import Conditions
 from tuning.config import SearchConfig, TuningConfig
-from tuning.cost import tokens_per_second
+from tuning.expected import expected_speed
 from tuning.journal import point_fields
 from tuning.model import model_name, model_shape
 from tuning.result import Result, commit, read_result, write_result
@@ -53,7 +53,7 @@ def predict_one(
         space = make_space(run, settings.space, shape, round(memory), margin)
     except ConfigError as error:
         raise ConfigError(f"{gpu.name}: {error}") from None
-    expected = {point: tokens_per_second(point, run, shape, gpu) for point in space.points}
+    expected = {point: expected_speed(point, run, shape, gpu) for point in space.points}
     fastest = max(expected.values())
     equal = [point for point, speed in expected.items() if speed >= fastest * (1 - settings.tie)]
     chosen = min(equal, key=lambda point: space.predicted_bytes[point])

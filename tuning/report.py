@@ -6,9 +6,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from cluster.config import ConfigError
 from training.profile import FOLDER
 from tuning.page import render
+from tuning.quality.result import QualityResult
+from tuning.quality.result import table as quality_table
 from tuning.result import Result, read_result
 from tuning.rows import HEADERS, cells, gains, ordered, point_text
 
@@ -32,14 +36,26 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--html", type=Path, help="file for the page")
     flags = parser.parse_args(list(arguments))
-    results = [read_result(path) for path in _files(flags.results or [FOLDER])]
+    results = [read_any(path) for path in _files(flags.results or [FOLDER])]
     for result in results:
-        print(table(result), end="\n\n")
+        print(table(result) if isinstance(result, Result) else quality_table(result), end="\n\n")
     if flags.html:
         flags.html.parent.mkdir(parents=True, exist_ok=True)
         flags.html.write_text(render(results), encoding="utf-8")
         print(f"written   {flags.html}")
     return 0
+
+
+def read_any(path: Path) -> Result | QualityResult:
+    """A result of either objective.
+
+    Raises:
+        ConfigError: the file is none, or of another format.
+    """
+    try:
+        return QualityResult.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError):
+        return read_result(path)
 
 
 def table(result: Result) -> str:

@@ -142,10 +142,15 @@ def make_result(
 
 def write_result(result: Result, folder: Path) -> Path:
     """Write the JSON of a study, and its profile where it has a point; returns the path of the JSON."""
+    return write_files(result, overlay(result) if result.chosen is not None else None, result.stem, folder)
+
+
+def write_files(result: BaseModel, toml: str | None, stem: str, folder: Path) -> Path:
+    """Write a result as JSON, and beside it an overlay where there is one; returns the path of the JSON."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result.stem}.json"
-    if result.chosen is not None:
-        _write(folder / f"{result.stem}.toml", overlay(result))
+    path = folder / f"{stem}.json"
+    if toml is not None:
+        _write(folder / f"{stem}.toml", toml)
     _write(path, result.model_dump_json(indent=1) + "\n")
     return path
 

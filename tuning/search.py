@@ -19,16 +19,17 @@ from cluster.memory import size
 from cluster.model import ModelShape
 from cluster.placement import gpu_nodes
 from training.config import TrainingConfig
+from training.data.prepare import Prepared
 from training.driver import check_resources, connect, inside_job, locate, prepare_data
 from tuning.config import SearchConfig, TuningConfig
-from tuning.cost import tokens_per_second
+from tuning.expected import expected_speed
 from tuning.journal import Journal, Trial, short_hash
 from tuning.machines import CPU, Machine, find_machines, probe
 from tuning.metrics import SearchMetrics
 from tuning.model import base_identity, model_name, model_shape
 from tuning.result import Result, configured_or_none, make_result, seed_point
 from tuning.space import Space, make_space
-from tuning.studies import MedianOfType, Studies
+from tuning.studies import MedianOfType, Studies, Watchful
 from tuning.study import Study
 from tuning.supervisor import measure
 
@@ -54,28 +55,21 @@ def search(
     """
     began = time.monotonic()
     settings, run = config.tuning, locate(config.training)
-    for key in ("storage", "profiles"):
-        if inside_job() and not Path(getattr(settings, key)).expanduser().is_absolute():
-            raise ConfigError(
-                f"tuning.{key} = {getattr(settings, key)!r} would lie in the job's copy of the working directory, "
-                "which goes away with it: give an absolute folder"
-            )
+    check_folders(settings)
     shape, name = model_shape(run.model.path), model_name(run.model.path)
-    connect()
-    machines = find_machines(run, settings.gpu_types, ray.nodes())
-    if not run.workers.gpus:
-        check_resources(run, ray.cluster_resources())
-    machines = probe(machines)
+    machines = find_there(run, settings)
     for machine in machines:  # before the data is prepared, which may take long
         _space(machine, run, settings, shape)
     data = prepare_data(run.model_copy(update={"data": run.data.model_copy(update={"evaluation": None})}))
-    versions = {"python": platform.python_version(), **{package: version(package) for package in VERSIONS}}
+    counts = Prepared.model_validate(data["prepared"]).counts
+    documents = max(1, round(counts["tokens"] / max(1, counts["documents"])))
+    versions = versions_here()
     folder = Path(settings.storage).expanduser().absolute()
     studies = {}
     for machine in machines:
         identity = identity_of(machine, run, settings, versions, data)
         path = folder / f"{machine.name}-{name}-{short_hash(identity)}.jsonl"
-        studies[machine.name] = make_study(machine, run, settings, shape, Journal(path, identity))
+        studies[machine.name] = make_study(machine, run, settings, shape, Journal(path, identity, Trial), documents)
         _announce(studies[machine.name], machine, path)
     if any(study.over is None for study in studies.values()):
         job = make_job(run, settings, data)
@@ -87,6 +81,38 @@ def search(
         results.append(result)
         print(result.line(time.monotonic() - began), flush=True)
     return results
+
+
+def check_folders(settings: TuningConfig) -> None:
+    """See that what is written outlives a job.
+
+    Raises:
+        ConfigError: a folder is relative inside a job.
+    """
+    for key in ("storage", "profiles"):
+        if inside_job() and not Path(getattr(settings, key)).expanduser().is_absolute():
+            raise ConfigError(
+                f"tuning.{key} = {getattr(settings, key)!r} would lie in the job's copy of the working directory, "
+                "which goes away with it: give an absolute folder"
+            )
+
+
+def find_there(run: TrainingConfig, settings: TuningConfig) -> list[Machine]:
+    """The wanted machines of the cluster, which is joined or started, with what their drivers say.
+
+    Raises:
+        ConfigError: as `find_machines`, `check_resources` and `probe`.
+    """
+    connect()
+    machines = find_machines(run, settings.gpu_types, ray.nodes())
+    if not run.workers.gpus:
+        check_resources(run, ray.cluster_resources())
+    return probe(machines)
+
+
+def versions_here() -> dict[str, str]:
+    """Of Python and of the packages that decide speed and numbers."""
+    return {"python": platform.python_version(), **{package: version(package) for package in VERSIONS}}
 
 
 def make_job(run: TrainingConfig, settings: TuningConfig, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,14 +129,22 @@ def make_job(run: TrainingConfig, settings: TuningConfig, data: Mapping[str, Any
 
 
 def make_study(
-    machine: Machine, run: TrainingConfig, settings: TuningConfig, shape: ModelShape, journal: Journal
+    machine: Machine,
+    run: TrainingConfig,
+    settings: TuningConfig,
+    shape: ModelShape,
+    journal: Journal[Trial],
+    document_tokens: int,
 ) -> Study:
     """The study of a GPU type, with what its journal knows; the run's own point and the seed's are measured first."""
     memory, profile = machine.memory_bytes(settings.memory_gib), machine.profile
     if settings.again:
         journal.clear()
     space = _space(machine, run, settings, shape)
-    expected = {point: tokens_per_second(point, run, shape, profile) for point in space.points}
+    expected = {
+        point: expected_speed(point, run, shape, profile, document_tokens, machine.workers_per_node)
+        for point in space.points
+    }
     own = configured_or_none(run, shape, memory)
     baselines = [point for point in (own, seed_point(machine.name, run)) if point is not None]
     study = Study(machine.name, space, expected, settings, journal, baselines, machine.slots)
@@ -169,17 +203,32 @@ def _run(
         metrics.told(name, done)
 
     asking = Studies(studies, told)
-    bundles = {machine.name: tune.PlacementGroupFactory([machine.bundle(run)]) for machine in machines}
-    trainable = tune.with_resources(tune.with_parameters(trial, job=job), lambda config: bundles[config["gpu_type"]])
+    rule = MedianOfType(asking, stop_slow=settings.stop_slow, there=types_there, grace_seconds=grace_seconds)
+    tune_all(asking, rule, machines, run, tune.with_parameters(trial, job=job), folder)
+
+
+def tune_all(
+    asking: Studies, rule: Watchful, machines: list[Machine], run: TrainingConfig, trial: Any, folder: Path
+) -> None:
+    """Have Ray Tune run what the studies ask for, until they are over.
+
+    Args:
+        asking: the studies.
+        rule: that ends trials early.
+        machines: that trials are placed on, by name.
+        run: whose workers a trial starts.
+        trial: what runs on the node.
+        folder: for what Tune and TensorBoard write.
+    """
+    bundles = {machine.name: tune.PlacementGroupFactory(machine.bundles(run), strategy="PACK") for machine in machines}
+    trainable = tune.with_resources(trial, lambda config: bundles[config["gpu_type"]])
     slots = sum(machine.slots for machine in machines)
     with environment(TUNE_MAX_PENDING_TRIALS_PG=str(slots), TUNE_DISABLE_SIGINT_HANDLER="1"):
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
                 search_alg=asking,
-                scheduler=MedianOfType(
-                    asking, stop_slow=settings.stop_slow, there=_types_there, grace_seconds=grace_seconds
-                ),
+                scheduler=rule,
                 num_samples=-1,
             ),
             run_config=tune.RunConfig(name=time.strftime("%Y%m%d-%H%M%S"), storage_path=str(folder), verbose=0),
@@ -189,7 +238,8 @@ def _run(
         print(f"lost      {', '.join(sorted(asking.lost))}: its nodes are gone; the same command goes on", flush=True)
 
 
-def _types_there() -> set[str]:
+def types_there() -> set[str]:
+    """GPU types that the cluster has now, and the CPU."""
     return {CPU, *(node.accelerator_type or "" for node in gpu_nodes(ray.nodes()))}
 
 

@@ -5,21 +5,42 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Protocol
 
 from ray.exceptions import RayTaskError
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
-from tuning.journal import Trial, point_fields
-from tuning.space import Point
-from tuning.study import Study, new_trial
 from tuning.supervisor import LEAST_STEPS
 
 METRIC = "tokens_per_second"
 LOOK_SECONDS = 5.0
 """between two looks at which nodes are there"""
+
+
+class Asked(Protocol):
+    """A study, of points that are dataclasses."""
+
+    @property
+    def over(self) -> str | None:
+        """Why it is finished; None while it is not."""
+
+    def ask(self) -> Any:
+        """The next point, which counts as running from now on; None where none may begin now."""
+
+    def record(self, point: Any, text: str, seconds: float) -> Any:
+        """The record of a trial, by what it reported of itself; `seconds` where it says no time."""
+
+    def failure(self, point: Any, outcome: str, reason: str, seconds: float) -> Any:
+        """The record of a trial that reported nothing."""
+
+    def tell(self, trial: Any) -> None:
+        """Take in the record of a point that runs."""
+
+    def give_back(self, point: Any) -> None:
+        """The point was not measured after all."""
 
 
 class Studies(Searcher):
@@ -30,16 +51,16 @@ class Studies(Searcher):
         told: called with the name of a study and each trial that it was told.
     """
 
-    def __init__(self, studies: Mapping[str, Study], told: Callable[[str, Trial], None]) -> None:
+    def __init__(self, studies: Mapping[str, Asked], told: Callable[[str, Any], None]) -> None:
         super().__init__(metric=None, mode=None)
         self.studies, self.told = dict(studies), told
         self.lost: set[str] = set()
         """types whose nodes are gone"""
         self.stopped: set[str] = set()
-        """ids of trials that were ended for being slow"""
+        """ids of trials that were ended early"""
         self.errors: dict[str, tuple[str, str]] = {}
         """by trial id, what an error of Tune's own comes to: outcome and reason"""
-        self._points: dict[str, tuple[str, Point, float]] = {}
+        self._points: dict[str, tuple[str, Any, float]] = {}
         self._turn: list[str] = list(studies)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -52,7 +73,7 @@ class Studies(Searcher):
                 self._turn.remove(name)
                 self._turn.append(name)
                 self._points[trial_id] = (name, point, time.monotonic())
-                return {"gpu_type": name, "point": point_fields(point)}
+                return {"gpu_type": name, "point": asdict(point)}
         left = [name for name, study in self.studies.items() if study.over is None and name not in self.lost]
         return None if left else str(Searcher.FINISHED)
 
@@ -63,15 +84,14 @@ class Studies(Searcher):
         if name in self.lost and "trial" not in last:
             study.give_back(point)
             return
+        seconds = round(time.monotonic() - began, 1)
         if "trial" in last:
-            trial = Trial.model_validate_json(last["trial"])
+            trial = study.record(point, last["trial"], seconds)
         elif trial_id in self.stopped and "partial" in last:
-            trial = Trial.model_validate_json(last["partial"])
+            trial = study.record(point, last["partial"], seconds)
         else:
             outcome, reason = self.errors.get(trial_id, ("died", "its node or Ray's process on it was lost"))
-            trial = new_trial(point, outcome=outcome, reason=reason)
-        seconds = trial.seconds or round(time.monotonic() - began, 1)
-        trial = trial.model_copy(update={"predicted_bytes": study.space.predicted_bytes.get(point), "seconds": seconds})
+            trial = study.failure(point, outcome, reason, seconds)
         study.tell(trial)
         self.told(name, trial)
 
@@ -82,32 +102,69 @@ class Studies(Searcher):
         """Nothing, as `save`."""
 
 
-class MedianOfType(FIFOScheduler):
-    """Ray Tune's median stopping rule, apart for each GPU type; and an end for trials that wait for lost nodes.
+class Watchful(FIFOScheduler):
+    """A scheduler of Tune's that ends trials which wait for lost nodes, and tells why a trial failed.
 
     Args:
-        studies: that learn which trials were ended.
-        stop_slow: apply the rule.
+        studies: that learn what happened.
         there: GPU types that the cluster has now.
         grace_seconds: how long a type may be gone.
         clock: seconds.
+        settings: of the next class among the bases of a scheduler that is made with this one.
     """
 
     def __init__(
         self,
         studies: Studies,
         *,
-        stop_slow: bool,
         there: Callable[[], set[str]],
         grace_seconds: float,
         clock: Callable[[], float] = time.monotonic,
+        **settings: Any,
     ) -> None:
-        super().__init__()
-        self.studies, self.stop_slow, self.there, self.grace_seconds = studies, stop_slow, there, grace_seconds
-        self._rules: dict[str, MedianStoppingRule] = {}
-        self.clock = clock
+        super().__init__(**settings)
+        self.studies, self.there, self.grace_seconds, self.clock = studies, there, grace_seconds, clock
         self._looked = clock()
         self._seen = dict.fromkeys(studies.studies, self._looked)
+
+    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Tell the studies whether the code failed or the process was lost."""
+        error = trial.get_pickled_error()
+        if isinstance(error, RayTaskError):
+            self.studies.errors[trial.trial_id] = ("failed", str(error).strip().splitlines()[-1])
+
+    def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
+        """As FIFO's; trials that wait for a type which has been gone for too long are ended."""
+        self._look(tune_controller)
+        return super().choose_trial_to_run(tune_controller)
+
+    def _look(self, tune_controller: Any) -> None:
+        now = self.clock()
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        self._seen |= dict.fromkeys(self.there() & set(self._seen), now)
+        gone = {name for name, seen in self._seen.items() if now - seen > self.grace_seconds}
+        for name in gone - self.studies.lost:
+            self.studies.lost.add(name)
+            for trial in tune_controller.get_trials():
+                if trial.config["gpu_type"] == name and not trial.is_finished():
+                    tune_controller.stop_trial(trial)
+
+
+class MedianOfType(Watchful):
+    """Ray Tune's median stopping rule, apart for each GPU type.
+
+    Args:
+        studies: as Watchful's.
+        stop_slow: apply the rule.
+        others: as Watchful's.
+    """
+
+    def __init__(self, studies: Studies, *, stop_slow: bool, **others: Any) -> None:
+        super().__init__(studies, **others)
+        self.stop_slow = stop_slow
+        self._rules: dict[str, MedianStoppingRule] = {}
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         """Tune's decision, by the trials of the same type alone; the last report of a trial is none to decide on."""
@@ -123,17 +180,6 @@ class MedianOfType(FIFOScheduler):
         if METRIC in result:
             self._rule(trial).on_trial_complete(tune_controller, trial, result)
 
-    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
-        """Tell the studies whether the code failed or the process was lost."""
-        error = trial.get_pickled_error()
-        if isinstance(error, RayTaskError):
-            self.studies.errors[trial.trial_id] = ("failed", str(error).strip().splitlines()[-1])
-
-    def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
-        """As FIFO's; trials that wait for a type which has been gone for too long are ended."""
-        self._look(tune_controller)
-        return super().choose_trial_to_run(tune_controller)
-
     def _rule(self, trial: TuneTrial) -> MedianStoppingRule:
         return self._rules.setdefault(
             trial.config["gpu_type"],
@@ -146,16 +192,3 @@ class MedianOfType(FIFOScheduler):
                 min_time_slice=math.inf,  # else trials are paused, which they cannot be
             ),
         )
-
-    def _look(self, tune_controller: Any) -> None:
-        now = self.clock()
-        if now - self._looked < LOOK_SECONDS:
-            return
-        self._looked = now
-        self._seen |= dict.fromkeys(self.there() & set(self._seen), now)
-        gone = {name for name, seen in self._seen.items() if now - seen > self.grace_seconds}
-        for name in gone - self.studies.lost:
-            self.studies.lost.add(name)
-            for trial in tune_controller.get_trials():
-                if trial.config["gpu_type"] == name and not trial.is_finished():
-                    tune_controller.stop_trial(trial)

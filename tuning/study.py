@@ -43,7 +43,7 @@ class Study:
         space: Space,
         expected: Mapping[Point, float],
         settings: TuningConfig,
-        journal: Journal,
+        journal: Journal[Trial],
         baselines: Sequence[Point] = (),
         slots: int = 1,
     ) -> None:
@@ -69,6 +69,14 @@ class Study:
         self.running.discard(trial.where)
         self.journal.add(trial)
         self._close()
+
+    def record(self, point: Point, text: str, seconds: float) -> Trial:
+        """What a trial reported of itself; `seconds` where it says no time."""
+        return self._informed(Trial.model_validate_json(text), seconds)
+
+    def failure(self, point: Point, outcome: str, reason: str, seconds: float) -> Trial:
+        """The record of a trial that reported nothing."""
+        return self._informed(new_trial(point, outcome=outcome, reason=reason), seconds)
 
     def give_back(self, point: Point) -> None:
         """The point was not measured after all, as the search is interrupted."""
@@ -109,6 +117,10 @@ class Study:
     def choice(self) -> Choice | None:
         """The fastest point, or of those that are as fast the one with the least memory; None if none was measured."""
         return choose(self.measured, self.settings.tie)
+
+    def _informed(self, trial: Trial, seconds: float) -> Trial:
+        predicted = self.space.predicted_bytes.get(trial.where)
+        return trial.model_copy(update={"predicted_bytes": predicted, "seconds": trial.seconds or seconds})
 
     def _next(self) -> Point | None:
         known = self.known

@@ -7,33 +7,22 @@ a crash of CUDA, the system's own out-of-memory killer, and a step that never en
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import os
-import select
-import signal
 import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ray import tune
+from ray.exceptions import RayError
 
-from cluster.local import free_ports
 from training.config import TrainingConfig
-from training.driver import WORKER_ENVIRONMENT
 from tuning.journal import Trial, point_fields
+from tuning.processes import COMMAND, ROOT, TAIL_CHARACTERS, Workers, lines, start
 from tuning.space import Point
 
-COMMAND = (sys.executable, "-m", "tuning.trial")
-ROOT = Path(__file__).resolve().parents[1]
-TAIL_CHARACTERS = 600
 LEAST_STEPS = 2
 """measured steps before the first report, of which Tune's schedulers decide"""
 
@@ -82,103 +71,60 @@ def run_trial(
         "steps": job["warmup_steps"] + job["steps"],
         "limit_bytes": job["limit_bytes"],
     }
-    watch = _Watch(point, job, report)
+    watch = TrialWatch(point, job, report)
+    seconds, tail = supervise(watch, order, config, command)
+    return watch.result(seconds, tail)
+
+
+def supervise(
+    watch: Watch, order: dict[str, Any], config: TrainingConfig, command: Sequence[str] = COMMAND
+) -> tuple[float, str]:
+    """Run a trial's processes until it is over; none is left when this returns or raises.
+
+    Args:
+        watch: is told what happens.
+        order: for each worker; see `tuning.trial`.
+        config: of the run, for the number of workers.
+        command: that becomes a worker.
+
+    Returns: the seconds that it took, and the last that its processes printed.
+    """
     began = time.monotonic()
-    with tempfile.TemporaryFile() as log, _Workers(command, order, config, log) as workers:
-        watch.follow(workers, began + job["trial_seconds"])
-        tail = _tail(log)
-    return watch.result(time.monotonic() - began, tail)
+    try:
+        with start(command, order, config) as workers:
+            watch.follow(workers, began + watch.limit_seconds)
+            return time.monotonic() - began, workers.tail()
+    except RayError:
+        watch.outcome, watch.reason = "died", "the node of one of its workers was lost"
+        return time.monotonic() - began, ""
 
 
-class _Workers:
-    """The trial's processes and the pipe of their events; leaving the block kills them and waits."""
+class Watch:
+    """What is known of a running trial, whatever it measures.
 
-    def __init__(
-        self, command: Sequence[str], order: dict[str, Any], config: TrainingConfig, log: BinaryIO | Any
-    ) -> None:
-        self.count = config.workers.count
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.events, self._writer = os.pipe()
-        ports = free_ports(1)
-        try:
-            for rank in range(self.count):
-                process = subprocess.Popen(
-                    list(command),
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=(self._writer,),
-                    cwd=ROOT,
-                    env=_environment(rank, self.count, ports[0]),
-                    start_new_session=True,
-                )
-                self.processes.append(process)
-                assert process.stdin is not None
-                process.stdin.write(json.dumps({**order, "rank": rank, "events": self._writer}).encode() + b"\n")
-                process.stdin.flush()
-        except BaseException:
-            self.end()
-            raise
-        finally:
-            os.close(self._writer)
+    Args:
+        limit_seconds: after which it counts as one that hangs.
+        limit_setting: that says so, for a person.
+    """
 
-    def __enter__(self) -> _Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-    def end(self) -> None:
-        """Kill what still runs; what it held is free when this returns."""
-        for process in self.processes:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-        for process in self.processes:
-            process.wait()
-            if process.stdin is not None:
-                with suppress(OSError):
-                    process.stdin.close()
-        with suppress(OSError):
-            os.close(self.events)
-
-    def lines(self, until: float) -> Any:
-        """Events as they come, until all processes have closed the pipe; None once it is `until`."""
-        buffer = b""
-        while True:
-            left = until - time.monotonic()
-            ready = left > 0 and select.select([self.events], [], [], min(left, 1.0))[0]
-            if ready:
-                piece = os.read(self.events, 1 << 16)
-                if not piece:
-                    return
-                *lines, buffer = (buffer + piece).split(b"\n")
-                yield from map(json.loads, lines)
-            elif left <= 0:
-                yield None
-                return
-
-
-class _Watch:
-    """What is known of a running trial."""
-
-    def __init__(self, point: Point, job: Mapping[str, Any], report: Callable[[Trial], None]) -> None:
-        self.point, self.job, self.report = point, job, report
+    def __init__(self, limit_seconds: float, limit_setting: str) -> None:
+        self.limit_seconds, self.limit_setting = limit_seconds, limit_setting
         self.outcome, self.reason = "", ""
         self.device: str | None = None
-        self.speeds: list[float] = []
-        self.seconds: list[float] = []
         self.peak_bytes: int | None = None
-        self.loss: float | None = None
         self.first_step_seconds: float | None = None
 
-    def follow(self, workers: _Workers, until: float) -> None:
-        """Take in events until the trial is over."""
+    def follow(self, workers: Workers, until: float) -> None:
+        """Take in events until the trial is over.
+
+        Raises:
+            RayError: a node was lost.
+        """
         began, done = time.monotonic(), 0
-        for event in workers.lines(until):
+        for event in lines(workers, until):
             if event is None:
                 self.outcome = "hung"
-                minutes = self.job["trial_seconds"] / 60
-                self.reason = f"it was not done after {minutes:g} minutes, as tuning.trial_minutes says"
+                self.reason = f"it was not done after {self.limit_seconds / 60:g} minutes, as {self.limit_setting} says"
                 return
             kind = event["event"]
             if kind == "begun":
@@ -186,7 +132,11 @@ class _Watch:
             elif kind == "step":
                 if self.first_step_seconds is None:
                     self.first_step_seconds = round(time.monotonic() - began, 2)
-                self._step(event)
+                self.peak_bytes = max(self.peak_bytes or 0, event["peak_bytes"])
+                if not event["rank"]:
+                    self.step(event)
+                if self.outcome:
+                    return
             elif kind in ("out_of_memory", "error"):
                 self.outcome = "out_of_memory" if kind == "out_of_memory" else "failed"
                 self.reason = event["reason"]
@@ -196,16 +146,35 @@ class _Watch:
                 if done == workers.count:
                     self.outcome = "measured"
                     return
-        codes = [process.wait() for process in workers.processes]
+        codes = workers.exit_codes()
         code = next((code for code in codes if code), 0)
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         self.outcome, self.reason = "died", f"a process of the trial ended {how}"
 
-    def _step(self, event: dict[str, Any]) -> None:
-        """A step of some worker; all say the same figures, which are of all of them together."""
-        self.peak_bytes = max(self.peak_bytes or 0, event["peak_bytes"])
-        if event["rank"]:
-            return
+    def step(self, event: dict[str, Any]) -> None:
+        """A step of the first worker; all say the same figures, which are of all of them together. What sets `outcome`
+        ends the trial."""
+        raise NotImplementedError
+
+    def said(self, tail: str) -> str:
+        """The reason, with the last line of `tail` where processes ended without a word."""
+        lines = tail.strip().splitlines()
+        told = f"; the last it said: {lines[-1][:TAIL_CHARACTERS]}" if self.outcome == "died" and lines else ""
+        return self.reason + told
+
+
+class TrialWatch(Watch):
+    """The speed of a point, for `run_trial`."""
+
+    def __init__(self, point: Point, job: Mapping[str, Any], report: Callable[[Trial], None]) -> None:
+        super().__init__(job["trial_seconds"], "tuning.trial_minutes")
+        self.point, self.job, self.report = point, job, report
+        self.speeds: list[float] = []
+        self.seconds: list[float] = []
+        self.loss: float | None = None
+
+    def step(self, event: dict[str, Any]) -> None:
+        """Count it, if it is none of the warm-up, and report what is known so far."""
         self.loss = event["loss"]
         if event["step"] <= self.job["warmup_steps"]:
             return
@@ -219,8 +188,6 @@ class _Watch:
     def result(self, seconds: float, tail: str) -> Trial:
         """The record."""
         figured = self.outcome in ("measured", "slow")
-        lines = tail.strip().splitlines()
-        said = f"; the last it said: {lines[-1][:TAIL_CHARACTERS]}" if self.outcome == "died" and lines else ""
         return Trial.model_validate(
             {
                 "point": point_fields(self.point),
@@ -235,10 +202,15 @@ class _Watch:
                 "loss": None if self.loss is None or math.isnan(self.loss) else self.loss,
                 "device": self.device,
                 "host": socket.gethostname(),
-                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "reason": self.reason + said,
+                "date": now(),
+                "reason": self.said(tail),
             }
         )
+
+
+def now() -> str:
+    """The time, for a record."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def noise(values: list[float]) -> float:
@@ -251,18 +223,3 @@ def noise(values: list[float]) -> float:
     middle = statistics.median(values)
     deviation = statistics.median(abs(value - middle) for value in values)
     return math.sqrt(math.pi / 2) * 1.4826 * deviation / math.sqrt(len(values)) / middle
-
-
-def _environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """Of a worker: as Ray Train makes it for those of a run."""
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    own = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0}
-    named = {name: str(value) for name, value in (world | own).items()}
-    return {**os.environ, **WORKER_ENVIRONMENT, **named, "PYTHONPATH": paths}
-
-
-def _tail(log: BinaryIO | Any) -> str:
-    log.seek(0, os.SEEK_END)
-    log.seek(max(0, log.tell() - TAIL_CHARACTERS))
-    return str(log.read().decode(errors="replace"))

@@ -3,7 +3,8 @@
     python -m tuning.trial < ORDER
 
 The order is a line of JSON. What happens is written as lines of JSON to the file descriptor that the order names:
-`begun`, a `step` for each optimizer step, and at the end `done`, `out_of_memory` or `error`. All that is printed goes
+`begun`, a `step` for each optimizer step or, of a trial for quality, each evaluation, and at the end `done`,
+`out_of_memory` or `error`. All that is printed goes
 to standard error. The process ends with its parent: it waits for the end of its standard input, which holds as long as
 the parent does. Of several workers each is such a process.
 """
@@ -16,8 +17,8 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ from cluster.model import ModelShape
 from training.config import TrainingConfig
 from training.data.prepare import Prepared
 from training.data.shards import read_shards
+from training.durable import DurableTrainer
 from training.finder import is_out_of_memory
 from training.keeping import Keeper
 from training.modeling.engine import build_model
 from training.modeling.expert_parallel import ExpertShare
 from training.modeling.loading import checkpoint_folder
 from training.modeling.sharding import sharding_mesh
+from training.progress import OF_LANGUAGE
 from training.scratch import scratch_folder
 from training.strategy import choose_strategy
 from training.throughput import Meter, flops_per_token
@@ -86,46 +89,115 @@ class StepTimes(TrainerCallback):
             raise Measured
 
 
+class HeldOutLosses(TrainerCallback):
+    """Says the held-out losses of each evaluation, and ends the training after the last one, before it is saved.
+
+    Args:
+        meter: as of StepTimes.
+        steps: of the run.
+        rows: of each step.
+        say: takes each event.
+    """
+
+    def __init__(self, meter: Meter, steps: int, rows: int, say: Say) -> None:
+        self.meter, self.steps, self.rows, self.say = meter, steps, rows, say
+        self.trained: float | None = None
+        self.peak_gib = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.meter.start(state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        logs = logs or {}
+        self.trained = logs.get("loss", self.trained)
+        self.peak_gib = max(self.peak_gib, logs.get("memory_gib", 0.0))
+        if "eval_loss" not in logs:
+            return
+        of_language = {name: logs[name] for name in logs if name.startswith(OF_LANGUAGE)}
+        self.say(
+            {
+                "event": "step",
+                "step": state.global_step,
+                "rows": state.global_step * self.rows,
+                "loss": logs["eval_loss"],
+                "languages": {name.removeprefix(OF_LANGUAGE): value for name, value in of_language.items()},
+                "trained": self.trained,
+                "peak_bytes": round(self.peak_gib * 2**30),
+            }
+        )
+        if state.global_step >= self.steps:
+            self.meter.stop()
+            raise Measured
+
+
 def run_steps(order: dict[str, Any], say: Say) -> None:
     """Train as many steps as `order` says, from the beginning of the run that it holds.
 
     Args:
-        order: `config` and `data` as a worker gets them, `steps`, `rank`, `limit_bytes` of a CPU or None.
+        order: `config` and `data` as a worker gets them, `steps`, `rank` and `local_rank`, `workers_per_node`, and
+            `limit_bytes` of a CPU or None.
         say: takes each event.
 
     Raises:
         Whatever the worker's code raises.
     """
-    rank = order["rank"]
     config = _endless(TrainingConfig.model_validate(order["config"]))
-    device = _device(config, rank)
+    with _set_up(config, order, say) as (scratch, make, meter):
+        rows = whole_steps(read_shards(order["data"]["train"], scratch), config.global_batch_size)
+        trainer = make(rows, None, StepTimes(meter, order["steps"], say))
+        with suppress(Measured):
+            trainer.train()
+
+
+def run_training(order: dict[str, Any], say: Say) -> None:
+    """Train a run of `order["steps"]` steps to its end, and say its held-out losses after every `order["every"]`.
+
+    Args:
+        order: as of `run_steps`, whose `data` has `evaluation` too; `steps` is a multiple of `every`.
+        say: takes each event.
+
+    Raises:
+        Whatever the worker's code raises.
+    """
+    config = _evaluated(TrainingConfig.model_validate(order["config"]), order["steps"], order["every"])
+    with _set_up(config, order, say) as (scratch, make, meter):
+        train, heldout = (read_shards(order["data"][name], scratch) for name in ("train", "evaluation"))
+        trainer = make(train, heldout, HeldOutLosses(meter, order["steps"], config.global_batch_size, say))
+        with suppress(Measured):
+            trainer.train()
+
+
+Make = Callable[[Dataset, Dataset | None, TrainerCallback], DurableTrainer]
+
+
+@contextmanager
+def _set_up(config: TrainingConfig, order: dict[str, Any], say: Say) -> Iterator[tuple[Path, Make, Meter]]:
+    """The run's model on this worker's device: a scratch folder, what makes its trainer, and the meter of that."""
+    device = _device(config, order["local_rank"])
     set_seed(config.run.seed)
     base = checkpoint_folder(config.model.path)
     shape = ModelShape.from_folder(base)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    strategy = choose_strategy(config, shape, config.workers.count, memory)
+    strategy = choose_strategy(config, shape, order["workers_per_node"], memory)
     mesh = sharding_mesh(device, strategy.shards) if strategy.shards > 1 else None
     share = ExpertShare.of_all_workers() if strategy.expert_workers > 1 else None
     with scratch_folder() as scratch:
         config = config.model_copy(update={"run": config.run.model_copy(update={"storage": str(scratch)})})
         model = build_model(config, device, strategy.checkpointing, mesh, share)
-        rows = whole_steps(read_shards(order["data"]["train"], scratch), config.global_batch_size)
         counts = Prepared.model_validate(order["data"]["prepared"]).counts
         meter = Meter(device, flops_per_token(config, shape, counts), None)
         say({"event": "begun", "device": _name(device)})
-        trainer = make_trainer(
-            config,
-            base,
-            model,
-            rows,
-            None,
-            Keeper(config, scratch),
-            meter,
-            scratch,
-            [StepTimes(meter, order["steps"], say)],
-        )
-        with suppress(Measured):
-            trainer.train()
+
+        def make(train: Dataset, heldout: Dataset | None, callback: TrainerCallback) -> DurableTrainer:
+            return make_trainer(
+                config, base, model, train, heldout, Keeper(config, scratch), meter, scratch, [callback]
+            )
+
+        yield scratch, make, meter
 
 
 def whole_steps(rows: Dataset, rows_of_step: int) -> Dataset:
@@ -153,11 +225,18 @@ def _endless(config: TrainingConfig) -> TrainingConfig:
     return config.model_copy(update={"run": run, "data": data})
 
 
-def _device(config: TrainingConfig, rank: int) -> torch.device:
+def _evaluated(config: TrainingConfig, steps: int, every: int) -> TrainingConfig:
+    """The run of so many steps that evaluates and keeps nothing."""
+    changed = {"maximum_steps": steps, "evaluation_steps": every, "logging_steps": 1, "saving_steps": ENDLESS}
+    run = config.run.model_copy(update=changed | {"tracker": "none", "export": "last"})
+    return config.model_copy(update={"run": run})
+
+
+def _device(config: TrainingConfig, local_rank: int) -> torch.device:
     """This worker's device; the process group is joined, as Ray Train does for a run's workers, also for a single one:
     data parallelism then wraps the model as it does there."""
     if config.workers.gpus:
-        device = torch.device("cuda", rank * config.workers.gpus)
+        device = torch.device("cuda", local_rank * config.workers.gpus)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -203,7 +282,7 @@ def main() -> int:
     try:
         if order["limit_bytes"] is not None:
             limit_memory(order["limit_bytes"])
-        run_steps(order, say)
+        (run_training if "every" in order else run_steps)(order, say)
     except Exception as error:
         if is_out_of_memory(error):
             say({"event": "out_of_memory", "reason": str(error).splitlines()[0][:300]})

@@ -14,7 +14,7 @@ from cluster.model import KNOWN_SHAPES, ModelShape
 from cluster.planning.gpus import counts_text, parse_gpus
 from cluster.planning.plan import Choice, Job, Plan, make_plan
 from cluster.scaling import MOST_GPUS
-from cluster.step_time import PREDICTED_WITHIN
+from cluster.step_time import DOCUMENT_TOKENS, PREDICTED_WITHIN
 from cluster.tables import positive, positive_number, table
 
 MODELS = {name.removeprefix("gpt-oss-"): shape for name, shape in KNOWN_SHAPES.items()} | KNOWN_SHAPES
@@ -98,7 +98,7 @@ def _job(options: argparse.Namespace) -> Job:
             shape = ModelShape.from_folder(options.model)
         except ValueError as error:
             raise ConfigError(f"--model {options.model} is neither 20b nor 120b nor a checkpoint: {error}") from None
-    length, rows, documents = options.sequence_length, None, 1000
+    length, rows, documents = options.sequence_length, None, DOCUMENT_TOKENS
     if options.data:
         found = _manifest(Path(options.data))
         if length not in (None, found["sequence_length"]):

@@ -18,7 +18,7 @@ from cluster.memory import MARGIN, MODES, Recipe, size, training_memory
 from cluster.model import ModelShape
 from cluster.planning.gpus import GpuGroup
 from cluster.scaling import Layout, Links, Prediction, Strategy, Work, layouts, layouts_of, predict
-from cluster.step_time import MEASURED, measured_step, step_seconds
+from cluster.step_time import DOCUMENT_TOKENS, MEASURED, measured_step, step_seconds
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 ROWS_A_GPU = 16
@@ -39,7 +39,7 @@ class Job:
     """of packed data, once through; None where the data is not known"""
     epochs: float = 1.0
     sequence_length: int = 2048
-    document_tokens: int = 1000
+    document_tokens: int = DOCUMENT_TOKENS
     global_batch_size: int | None = None
     """rows of an optimizer step; None for `ROWS_A_GPU` on each GPU"""
     rank: int = 8
@@ -178,8 +178,8 @@ def _choice(
 ) -> Choice:
     predictions = []
     for profile in (group.profile for group in groups):
-        seconds, source = _one_gpu(job, recipe, profile)
-        work = Work(job.shape, recipe, accumulation, accumulation * seconds, profile.bandwidth_bytes_per_second)
+        seconds, source = _one_gpu(job, recipe, profile, accumulation)
+        work = Work(job.shape, recipe, accumulation, seconds, profile.bandwidth_bytes_per_second)
         predictions.append((predict(work, layout, Links.of(profile, network_gbit)), source))
     slowest, source = max(predictions, key=lambda each: each[0].step_seconds)
     if layout.gpus > 1 and source == "measured":
@@ -221,10 +221,10 @@ def _scaled(job: Job, profile: GpuProfile, gpus_per_host: int, network_gbit: flo
             yield choice
 
 
-def _one_gpu(job: Job, recipe: Recipe, profile: GpuProfile) -> tuple[float, Source]:
+def _one_gpu(job: Job, recipe: Recipe, profile: GpuProfile, accumulation: int) -> tuple[float, Source]:
     if measured := measured_step(profile, job.shape, recipe):
-        return measured.step_seconds, "measured"
-    seconds = step_seconds(job.shape, recipe, profile, min(job.document_tokens, job.sequence_length))
+        return accumulation * measured.step_seconds, "measured"
+    seconds = step_seconds(job.shape, recipe, profile, min(job.document_tokens, job.sequence_length), accumulation)
     return seconds, "predicted" if any(step.gpu == profile.name for step in MEASURED) else "guessed"
 
 

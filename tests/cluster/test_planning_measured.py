@@ -17,12 +17,12 @@ from cluster.hardware import GpuProfile, profile_of
 from cluster.memory import Recipe, step_gather_bytes, training_memory
 from cluster.model import GPT_OSS_20B, GPT_OSS_120B, ModelShape
 from cluster.scaling import Layout, Links, Work, predict
-from cluster.step_time import MEASURED, PREDICTED_WITHIN, measured_step, step_seconds
+from cluster.step_time import MEASURED, PREDICTED_WITHIN, Kernels, measured_step, step_seconds
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 OURS = ("train_step*-gpt-oss-*-h100.json", "scaling-gpt-oss-*-2xh200.json", "distributed-gpt-oss-*-h200.json")
-RIVALS = ("seed", "transformers-peft")
-"""recipes that a plan does not offer"""
+RIVALS = {"seed": (3, Kernels(compiled=False, eager_experts=True)), "transformers-peft": (24, Kernels(compiled=False))}
+"""recipes that a plan does not offer and a search may: layers whose experts PEFT merges, and how they are run"""
 
 MEMORY_OVER, MEMORY_UNDER = 0.12, 0.01
 """predicted memory may be more than measured, but not less: the caller's margin is not for the arithmetic's errors"""
@@ -47,8 +47,8 @@ class Measured:
         return float(max(peak) if isinstance(peak, list) else peak)
 
 
-def read() -> list[Measured]:
-    """Every step of ours on a GPU."""
+def read(rivals: bool = False) -> list[Measured]:
+    """Every step on a GPU, of ours or of the rivals."""
     found = []
     for path in sorted({path for pattern in OURS for path in RESULTS.glob(pattern)}):
         result = json.loads(path.read_text())
@@ -58,7 +58,7 @@ def read() -> list[Measured]:
         for row in result["rows"]:
             steps = {row["name"]: row, **row.get("variants", {})}
             for name, step in steps.items():
-                if "peak_memory_gb" in step and name not in RIVALS:
+                if "peak_memory_gb" in step and (name in RIVALS) is rivals:
                     found.append(_measured(f"{path.name}:{name}", profile, shape, step, result["command"]))
     return found
 
@@ -103,6 +103,29 @@ def test_all_results_are_read() -> None:
 def test_seconds_by_arithmetic_alone(step: Measured) -> None:
     one_gpu = step_seconds(step.shape, step.recipe, step.profile, step.document_tokens)
     assert predicted(step, one_gpu).step_seconds == pytest.approx(step.row["step_seconds"], rel=PREDICTED_WITHIN)
+
+
+@pytest.mark.parametrize("step", read(rivals=True), ids=lambda step: step.name)
+def test_seconds_of_rival_recipes(step: Measured) -> None:
+    """transformers' kernels and stock PEFT on bf16 weights, one document a row."""
+    name = step.name.rpartition(":")[2]
+    merged, kernels = RIVALS[name]
+    recipe = replace(
+        step.recipe, base_precision="bf16", merged_expert_layers=merged, eager_attention=kernels.eager_experts
+    )
+    seconds = step_seconds(step.shape, recipe, step.profile, recipe.sequence_length, kernels=kernels)
+    assert seconds == pytest.approx(step.row["step_seconds"], rel=PREDICTED_WITHIN)
+
+
+def test_seconds_of_a_step_between_checkpoints() -> None:
+    """Eight rows of 2048 tokens, as `tests.benchmarks.distributed` has them unless it is told otherwise."""
+    result = json.loads((RESULTS / "distributed-gpt-oss-20b-h100.json").read_text())
+    profile, row = profile_of(result["device"]), result["rows"][1]
+    assert profile is not None
+    assert not {"--micro-batch-size", "--sequence-length", "--checkpointing"} & set(result["command"].split())
+    like = next(step for step in STEPS if step.name == "train_step-gpt-oss-20b-h100.json:raysoner")
+    seconds = step_seconds(GPT_OSS_20B, like.recipe, profile, like.document_tokens)
+    assert seconds == pytest.approx(row["step_seconds"], rel=PREDICTED_WITHIN)
 
 
 @pytest.mark.parametrize("step", STEPS, ids=IDS)

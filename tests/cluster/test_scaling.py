@@ -27,7 +27,6 @@ from cluster.scaling import (
     all_reduce_seconds,
     layouts,
     predict,
-    seconds_of_flops,
 )
 
 HOST = 8
@@ -157,12 +156,6 @@ def test_layouts_are_all_strategies_from_2_to_1024() -> None:
 def test_a_layout_whose_groups_do_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="must divide"):
         Layout(6, 8, 4)
-
-
-def test_a_step_from_flops() -> None:
-    assert seconds_of_flops(20e9, 16384, 989.4e12, 0.5) == pytest.approx(20e9 * 16384 / 494.7e12)
-    with pytest.raises(ValueError, match="share"):
-        seconds_of_flops(1, 1, 1, 0)
 
 
 def test_links_of_a_profile() -> None:

@@ -181,6 +181,11 @@ def test_the_line_says_what_limits(bar: Run, clock: Turned, capsys: pytest.Captu
     )
 
 
+def test_an_evaluations_line_has_the_loss_of_each_language(bar: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    bar.log(0, eval_loss=4.0, eval_loss_fr=4.5, eval_loss_de=3.5)
+    assert capsys.readouterr().out == f"step 0/100 [{'·' * 20}] held-out loss 4.0000, de 3.5000 · fr 4.5000\n"
+
+
 def test_an_evaluations_line_has_the_figures_before_it(
     bar: Run, clock: Turned, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,6 +28,7 @@ TOKENIZER = "training/demo/model"
 TRAINED = (40, 1, 2, 30, 0, 3, 25, 1)
 """trained tokens of each row, so uneven that a mean of micro-batches' means is another number"""
 HELD_OUT = (3, 30, 1, 12, 40)
+LANGUAGES = ("de", "fr")
 TOKENS = (3, 56, 59, 80, 87, 90)
 """the tiny model's favourites, so that some are the likeliest where they stand"""
 WEIGHTS = {"analysis": 0.5, "final": 2.0}
@@ -74,17 +75,28 @@ def build(folder: Path, kind: type[Any] = WeightedTrainer, weights: dict[str, fl
         "logging_steps": 1,
         "ddp_find_unused_parameters": False,
     }
+    if issubclass(kind, WeightedTrainer):
+        keywords["languages"] = LANGUAGES
     off = dict.fromkeys(("bf16", "remove_unused_columns", "gradient_checkpointing"), False)
     return kind(
         model=model,
         args=SFTConfig(**{**fixed, **off, "use_cpu": True, "disable_tqdm": True, **settings}),
         train_dataset=Dataset.from_list(make_rows()),
-        eval_dataset=Dataset.from_list(make_rows(HELD_OUT, seed=1)),
+        eval_dataset=Dataset.from_list(spoken_rows()),
         data_collator=Collator(weights),
         processing_class=AutoTokenizer.from_pretrained(TOKENIZER),
         peft_config=adapters,
         **keywords,
     )
+
+
+def spoken_rows() -> list[dict[str, Any]]:
+    """Held-out rows whose documents speak the languages in turn."""
+    rows = make_rows(HELD_OUT, seed=1)
+    return [
+        row | {"languages": [(number + place) % 2 for place in range(len(row["lengths"]))]}
+        for number, row in enumerate(rows)
+    ]
 
 
 class Gradients(TrainerCallback):
@@ -244,6 +256,23 @@ def test_evaluation_counts_each_held_out_token_alike(trainer: Any) -> None:
     assert trainer.state.log_history[-1]["eval_loss"] == found["eval_loss"]
 
 
+def test_evaluation_says_the_loss_of_each_language(trainer: Any) -> None:
+    trainer.args.per_device_eval_batch_size = 2
+    found = trainer.evaluate()
+    batch = Collator(WEIGHTS)(spoken_rows())
+    spoken = batch.pop("languages")
+    whole = 0.0
+    for place, tag in enumerate(LANGUAGES):
+        own = batch | {"labels": batch["labels"].masked_fill(spoken != place, -100)}
+        with torch.no_grad():
+            total, trained, _ = by_hand(trainer.model, own)
+        assert trained > 0
+        assert found[f"eval_loss_{tag}"] == pytest.approx(float(total) / trained, rel=1e-6)
+        whole += float(total)
+    assert abs(found["eval_loss_de"] / found["eval_loss_fr"] - 1) > 1e-3
+    assert whole == pytest.approx(found["eval_loss"] * int((batch["labels"] != -100).sum()), rel=1e-6)
+
+
 def test_a_micro_step_exchanges_nothing(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any, **keywords: Any) -> None:
         raise AssertionError("a micro-step reached for the other workers")
@@ -379,5 +408,5 @@ def test_two_workers_are_one(tmp_path: Path, whole: Step) -> None:
             assert_same(whole.gradients, step.gradients)
             for name in ("loss", "mean_token_accuracy", "grad_norm"):
                 assert step.logs[name] == pytest.approx(whole.logs[name], rel=1e-6)
-            for name in ("eval_loss", "eval_mean_token_accuracy"):
+            for name in ("eval_loss", "eval_loss_de", "eval_loss_fr", "eval_mean_token_accuracy"):
                 assert step.evaluation[name] == pytest.approx(whole.evaluation[name], rel=1e-6)

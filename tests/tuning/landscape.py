@@ -18,7 +18,7 @@ from cluster.model import GPT_OSS_20B
 from training.config import TrainingConfig
 from training.memory import memory_of
 from tuning.config import SpaceConfig
-from tuning.cost import tokens_per_second
+from tuning.expected import expected_speed
 from tuning.searchers import Known, Searcher
 from tuning.space import Point, Space, make_space
 
@@ -61,7 +61,7 @@ class Landscape:
 
     def expected(self, point: Point) -> float:
         """Tokens a second by arithmetic."""
-        return tokens_per_second(point, self.config, GPT_OSS_20B, self.gpu)
+        return expected_speed(point, self.config, GPT_OSS_20B, self.gpu)
 
     def needed_bytes(self, point: Point) -> int:
         """What a step really takes."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cluster.config import ConfigError
 from tests.tuning.landscape import configured
 from tests.tuning.test_study import measured, study
 from tuning.journal import Trial
@@ -68,7 +69,7 @@ def test_what_tune_says_of_a_trials_end_becomes_its_outcome(asking: Studies) -> 
         else:
             asking.errors[end] = ("failed", "KeyError: no")
             asking.on_trial_complete(end, None, error=True)
-        outcomes[end] = asking.studies[name].journal.trials[-1]
+        outcomes[end] = asking.studies[name].journal.trials[-1]  # type: ignore[attr-defined]
     assert {end: trial.outcome for end, trial in outcomes.items()} == {
         "whole": "measured",
         "slow": "slow",
@@ -125,8 +126,8 @@ def test_a_type_whose_nodes_are_gone_leaves_the_search(asking: Studies) -> None:
         assert chosen is not None
     assert chosen is not None
     assert chosen.config["gpu_type"] == "H100"
-    assert asking.studies["A100"].running == set()
-    assert asking.studies["A100"].journal.trials == []
+    assert asking.studies["A100"].running == set()  # type: ignore[attr-defined]
+    assert asking.studies["A100"].journal.trials == []  # type: ignore[attr-defined]
     assert asking.studies["A100"].over is None  # the same command goes on with it
     finish(asking, chosen.trial_id, Point(**chosen.config["point"]))
     assert suggest(asking, "next")[0] == "H100"
@@ -166,9 +167,21 @@ def test_machines_of_a_cluster() -> None:
     two = configured(workers={"count": 2})
     (machine,) = find_machines(two, ["H100"], nodes)
     assert machine.slots == 4 + 1
-    assert machine.bundle(two) == {"CPU": 2.0, "GPU": 2.0, "accelerator_type:H100": 0.001}
+    assert machine.bundles(two) == [{"CPU": 2.0, "GPU": 2.0, "accelerator_type:H100": 0.001}]
     assert machine.memory_bytes(10.0) == 10 * 2**30
+    nine = configured(workers={"count": 9})
+    (wide,) = find_machines(nine, ["H100"], nodes)
+    assert (wide.slots, wide.spread) == (1, True)
+    assert wide.bundles(nine) == [{}, *[{"CPU": 1.0, "GPU": 1.0, "accelerator_type:H100": 0.001}] * 9]
+    with pytest.raises(
+        ConfigError, match=r"a trial needs 12 GPUs for workers\.count = 12, and the cluster has 8 × H100"
+    ):
+        find_machines(configured(workers={"count": 12}), ["H100"], nodes)
+    (host,) = find_machines(configured(workers={"gpus": 0, "count": 5}), "all", nodes)
+    assert host.spread
+    with pytest.raises(ConfigError, match=r"need more than the cluster has, room for 12: lower workers\.count"):
+        find_machines(configured(workers={"gpus": 0, "count": 13}), "all", nodes)
     cpu = configured(workers={"gpus": 0})
     (host,) = find_machines(cpu, "all", nodes)
-    assert (host.name, host.bundle(cpu)) == (CPU, {"CPU": 1.0})
+    assert (host.name, host.bundles(cpu)) == (CPU, [{"CPU": 1.0}])
     assert host.memory_bytes(None) is None

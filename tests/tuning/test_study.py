@@ -22,7 +22,7 @@ def study(path: Path, baselines: tuple[Point, ...] = (), slots: int = 1, **setti
     space = land.space(SpaceConfig())
     expected = {point: land.expected(point) for point in space.points}
     config = TuningConfig.model_validate(settings)
-    made = Study("H100", space, expected, config, Journal(path, IDENTITY), baselines, slots)
+    made = Study("H100", space, expected, config, Journal(path, IDENTITY, Trial), baselines, slots)
     made.begin()
     return made
 
@@ -151,13 +151,13 @@ def test_noise_makes_ties() -> None:
 
 def test_a_journal_that_a_killed_process_left_is_whole_up_to_its_last_line(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
-    journal = Journal(path, IDENTITY)
+    journal = Journal(path, IDENTITY, Trial)
     journal.add(measured(point(1), 1.0))
     journal.add(measured(point(2), 2.0))
     whole = path.read_bytes()
     for cut in (1, 40, len(whole.splitlines(keepends=True)[-1]) - 1):
         path.write_bytes(whole[:-cut])
-        read = Journal(path, IDENTITY)
+        read = Journal(path, IDENTITY, Trial)
         assert [trial.where for trial in read.trials] == [point(1)]
         read.add(measured(point(2), 2.0))
         assert path.read_bytes() == whole
@@ -165,8 +165,8 @@ def test_a_journal_that_a_killed_process_left_is_whole_up_to_its_last_line(tmp_p
 
 def test_a_journal_of_another_search_is_begun_anew(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
-    Journal(path, IDENTITY).add(measured(point(1), 1.0))
-    other = Journal(path, {**IDENTITY, "driver": "580"})
+    Journal(path, IDENTITY, Trial).add(measured(point(1), 1.0))
+    other = Journal(path, {**IDENTITY, "driver": "580"}, Trial)
     assert other.trials == []
     assert json.loads(path.read_text()) == {
         "format": 1,
@@ -177,6 +177,6 @@ def test_a_journal_of_another_search_is_begun_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [b"{}\n", b'{"point": {}, "outcome": "splendid"}\n', b"\xff\n"])
 def test_a_line_that_makes_no_sense_ends_what_is_read(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "j.jsonl"
-    Journal(path, IDENTITY).add(measured(point(1), 1.0))
+    Journal(path, IDENTITY, Trial).add(measured(point(1), 1.0))
     path.write_bytes(path.read_bytes() + damage)
-    assert len(Journal(path, IDENTITY).trials) == 1
+    assert len(Journal(path, IDENTITY, Trial).trials) == 1

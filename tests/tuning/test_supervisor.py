@@ -16,8 +16,9 @@ from cluster.hardware import GIB
 from training.config import TrainingConfig
 from training.data.prepare import prepare, read_prepared
 from tuning.journal import Trial
+from tuning.processes import COMMAND
 from tuning.space import configured_point
-from tuning.supervisor import COMMAND, noise, run_trial
+from tuning.supervisor import noise, run_trial
 from tuning.trial import whole_steps
 
 DEMO = "training/configs/demo.toml"

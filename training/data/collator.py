@@ -20,7 +20,8 @@ class Collator:
     `input_ids` [B, T], `labels` [B, T] (the token, or `IGNORED`) and `position_ids` [B, T], which begin at 0 with each
     document and with the padding. `loss_weights` [B, T] fp32 is there when a trained channel's weight is not 1. There
     is no attention mask: documents are told apart by their positions (`training.modeling.isolation`). A row without
-    tokens is padding from end to end; T is at least 1.
+    tokens is padding from end to end; T is at least 1. Rows with `languages` (`training.data.heldout`) give that of
+    each token, `languages` [B, T], 0 in the padding.
 
     Args:
         weights: of the loss, by channel; a channel that is missing or has weight 0 is not trained.
@@ -44,6 +45,7 @@ class Collator:
         targets = np.full(shape, IGNORED, np.int64)
         positions = np.zeros(shape, np.int64)
         weights = np.zeros(shape, np.float32)
+        languages = np.zeros(shape, np.int64)
         for index, row in enumerate(rows):
             used = len(row["tokens"])
             tokens[index, :used] = row["tokens"]
@@ -53,9 +55,13 @@ class Collator:
                 positions[index, start : start + length] = np.arange(length)
                 weights[index, start : start + 1] = 0
                 start += length
+            if "languages" in row:
+                languages[index, :used] = np.repeat(row["languages"], row["lengths"])
             trained = weights[index] != 0
             targets[index, trained] = tokens[index, trained]
         batch: dict[str, np.ndarray] = {"input_ids": tokens, "labels": targets, "position_ids": positions}
         if self.weighted:
             batch["loss_weights"] = weights
+        if rows and "languages" in rows[0]:
+            batch["languages"] = languages
         return {name: torch.from_numpy(array) for name, array in batch.items()}
