@@ -26,6 +26,7 @@ from training.data.places import absolute
 from training.data.prepare import MANIFEST as PREPARED
 from training.data.prepare import Prepared, prepare, read_prepared
 from training.folders import exported, run_folder
+from training.gpu_types import choose_type
 from training.scratch import scratch_folder
 from training.stopping import stopping_by_signal
 from training.strategy import choose_strategy
@@ -73,17 +74,16 @@ def run(config: TrainingConfig) -> Outcome:
             return Outcome(adapter)
     connect()
     check_resources(config, ray.cluster_resources())
-    check_memory(config, gpu_nodes(ray.nodes()))
+    chosen = choose_type(config, nodes := gpu_nodes(ray.nodes()))
+    if chosen.why:
+        print(f"GPUs      {chosen.why}", flush=True)
+    check_memory(config, chosen.among(nodes))
     with stopping_by_signal() as stop:
         data = prepare_data(config)
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={"config": config.model_dump(mode="json"), **data},
-            scaling_config=ScalingConfig(
-                num_workers=config.workers.count,
-                use_gpu=config.workers.gpus > 0,
-                resources_per_worker=resources_per_worker(config),
-            ),
+            scaling_config=scaling(config, chosen.accelerator_type),
             run_config=RunConfig(
                 name=config.run.name,
                 storage_path=ray_folder(config.run.storage),
@@ -217,6 +217,16 @@ def resources_per_worker(config: TrainingConfig) -> dict[str, float]:
     """What Ray reserves for each worker."""
     gpus = {"GPU": float(config.workers.gpus)} if config.workers.gpus else {}
     return {"CPU": float(config.workers.cpus), **gpus}
+
+
+def scaling(config: TrainingConfig, accelerator_type: str | None) -> ScalingConfig:
+    """What Ray Train starts: so many workers, all on GPUs of one type where one is given."""
+    return ScalingConfig(
+        num_workers=config.workers.count,
+        use_gpu=config.workers.gpus > 0,
+        resources_per_worker=resources_per_worker(config),
+        accelerator_type=accelerator_type,
+    )
 
 
 def check_resources(config: TrainingConfig, cluster: dict[str, float]) -> None:
