@@ -17,6 +17,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from cluster.config import ConfigError
+from cluster.joining import join
 from cluster.model import ModelShape
 from cluster.placement import GpuNode, describe_nodes, gpu_nodes, room, workers_per_node
 from cluster.storage import Storage, below, is_uri, without_secrets
@@ -209,10 +210,20 @@ def locate(config: TrainingConfig) -> TrainingConfig:
 
 
 def connect() -> None:
-    """Join the cluster of `RAY_ADDRESS` or of this job, or start one on this machine that ends with this process."""
+    """Join the cluster of `RAY_ADDRESS` or of this job, or start one on this machine that ends with this process.
+
+    Raises:
+        ConfigError: the cluster of `RAY_ADDRESS` does not answer, or does not let this process in.
+    """
     if ray.is_initialized():
         return
-    ray.init(runtime_env={} if inside_job() else {"env_vars": import_paths()}, logging_level=logging.WARNING)
+    options: dict[str, Any] = {"runtime_env": {} if inside_job() else {"env_vars": import_paths()}}
+    options["logging_level"] = logging.WARNING
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        join(address, "RAY_ADDRESS", **options)
+    else:
+        ray.init(**options)
 
 
 def import_paths() -> dict[str, str]:
