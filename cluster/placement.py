@@ -40,6 +40,15 @@ def gpu_nodes(nodes: Iterable[Mapping[str, Any]]) -> list[GpuNode]:
     return found
 
 
+def room(nodes: Iterable[Mapping[str, float]], each: Mapping[str, float]) -> int:
+    """Workers that need `each` of Ray's resources and fit nodes that have `nodes` of them."""
+    needed = {kind: amount for kind, amount in each.items() if amount > 0}
+    if not needed:
+        raise ValueError("workers that need nothing fit without end")
+    # 0.999 of a node's one accelerator_type is left when a worker has a thousandth; hence the small addend.
+    return sum(int(min(node.get(kind, 0.0) / amount + 1e-6 for kind, amount in needed.items())) for node in nodes)
+
+
 def workers_per_node(nodes: Sequence[GpuNode], workers: int, gpus: int) -> int:
     """Workers of `gpus` GPUs that Ray, which packs them, puts on a node; the same on each if they are spread evenly."""
     most = max((node.gpus // gpus for node in nodes), default=0)

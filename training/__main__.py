@@ -82,7 +82,7 @@ def _with_profile(config: TrainingConfig, wanted: str, arguments: list[str]) -> 
     """The configuration with the profile that suits it, as the last of its files, or as it is where none does."""
     from training.profile import choose_profile, detected_gpus
 
-    gpus = detected_gpus() if wanted == "auto" and config.workers.gpus else []
+    gpus = detected_gpus(config) if wanted == "auto" and config.workers.gpus else []
     taken = choose_profile(config, wanted, gpus)
     print(f"profile   {taken.why}", flush=True)
     if taken.path is None:

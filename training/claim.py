@@ -23,7 +23,20 @@ SAFE: dict[str, frozenset[str]] = {
         }
     ),
     "loss": frozenset({"chunk_tokens"}),
-    "workers": frozenset({"count", "gpus", "cpus", "retries", "strategy"}),
+    "workers": frozenset(
+        {
+            "count",
+            "gpus",
+            "cpus",
+            "retries",
+            "strategy",
+            "gpu_type",
+            "mixed",
+            "minimum",
+            "growth_seconds",
+            "wait_seconds",
+        }
+    ),
     "optimizer": frozenset({"tolerated_skips"}),
     "run": frozenset(
         {

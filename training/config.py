@@ -247,8 +247,22 @@ class WorkersConfig(Config):
     """GPUs of each worker; 0 trains on CPU"""
     cpus: PositiveInt = 1
     """CPUs of each worker; also its number of CPU threads when it has no GPU"""
+    minimum: PositiveInt | None = None
+    """fewest workers that the run starts and goes on with while the cluster has not enough for `count`: each holds more
+    of a step then, whose rows stay the same; by default it waits for all"""
+    growth_seconds: NonNegativeFloat = 60.0
+    """how long there must be room for more workers, up to `count`, until a run with fewer saves and goes on so"""
+    wait_seconds: NonNegativeFloat | None = None
+    """how long the run waits for what the cluster has not, as nodes that an autoscaler adds, or what others use; by
+    default what it lacks altogether ends the run at once, and what others use is waited for"""
     retries: NonNegativeInt = 2
     """how often a run whose worker died starts again from its last checkpoint"""
+    gpu_type: str | None = None
+    """GPU type that all workers run on, as Ray calls it (H100, A100, L40S …); by default any, where the cluster has one
+    type, and where it has several as `mixed` says"""
+    mixed: Literal["one_type", "proportional"] = "one_type"
+    """on GPUs of several types: one_type takes the type on which the run is expected to end first; proportional takes
+    all, and deals the micro-batches of each step by what each GPU takes for one; each holds the whole base then"""
     strategy: Literal["auto", "data_parallel", "sharded", "hybrid", "expert_parallel"] = "auto"
     """who holds the frozen base: data_parallel, each worker the whole; sharded, all workers together one copy, gathered
     layer by layer; hybrid, the workers of each node one copy; expert_parallel, each worker its share of every layer's
@@ -353,6 +367,36 @@ class TrainingConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _minimum_is_no_more_than_all(self) -> TrainingConfig:
+        if self.workers.minimum is not None and self.workers.minimum > self.workers.count:
+            raise ValueError(
+                f"workers.minimum = {self.workers.minimum} is more than workers.count = {self.workers.count}, the most "
+                "that there are: lower it, or raise workers.count"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_are_of_one_type_or_dealt_to(self) -> TrainingConfig:
+        if self.workers.mixed == "one_type":
+            return self
+        if self.workers.gpu_type is not None:
+            raise ValueError(
+                f'workers.gpu_type = "{self.workers.gpu_type}" has the run on one type, and workers.mixed = '
+                '"proportional" is for several: leave one of the two out'
+            )
+        if self.batch.micro_batch_size == "auto":
+            raise ValueError(
+                'workers.mixed = "proportional" deals micro-batches of one size, and batch.micro_batch_size = "auto" '
+                "leaves it open: set a number that fits the smallest GPU"
+            )
+        if self.workers.strategy not in ("auto", "data_parallel"):
+            raise ValueError(
+                f'workers.mixed = "proportional" gives workers unlike numbers of micro-batches, and workers.strategy = '
+                f'"{self.workers.strategy}" has them exchange in each: set it to "data_parallel"'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _base_can_be_sharded(self) -> TrainingConfig:
         strategy = self.workers.strategy
         if strategy not in ("sharded", "hybrid") or self.can_shard:
@@ -393,9 +437,21 @@ class TrainingConfig(Config):
         return self.workers.count if self.workers.strategy == "expert_parallel" else 1
 
     @property
+    def least_workers(self) -> int:
+        """Fewest workers that the run goes on with."""
+        return self.workers.minimum or self.workers.count
+
+    def with_workers(self, count: int) -> TrainingConfig:
+        """The run on so many workers, with as many rows in a step as before."""
+        batch = self.batch.model_copy(update={"global_batch_size": self.global_batch_size})
+        workers = self.workers.model_copy(update={"count": count, "minimum": None})
+        return self.model_copy(update={"batch": batch, "workers": workers})
+
+    @property
     def can_shard(self) -> bool:
         """Whether the base's layers can be sharded over workers."""
-        return self.model.experts == "grouped_lora" and not self.model.kernels and not self.batch.activation_offload
+        one_kernel = self.model.experts == "grouped_lora" and not self.model.kernels
+        return one_kernel and not self.batch.activation_offload and self.workers.mixed == "one_type"
 
     @property
     def compiled(self) -> bool:

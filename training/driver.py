@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from cluster.config import ConfigError
+from cluster.joining import join
 from cluster.model import ModelShape
-from cluster.placement import GpuNode, describe_nodes, gpu_nodes, workers_per_node
+from cluster.placement import GpuNode, describe_nodes, gpu_nodes, room, workers_per_node
 from cluster.storage import Storage, below, is_uri, without_secrets
 from training.claim import claim
 from training.config import TrainingConfig
@@ -25,10 +27,13 @@ from training.data.documents import require_trained_tokens
 from training.data.places import absolute
 from training.data.prepare import MANIFEST as PREPARED
 from training.data.prepare import Prepared, prepare, read_prepared
+from training.elastic import ElasticPolicy, ElasticTrainer
 from training.folders import exported, run_folder
+from training.gpu_types import Chosen, choose_type
 from training.scratch import scratch_folder
 from training.stopping import stopping_by_signal
 from training.strategy import choose_strategy
+from training.waiting import Watch, await_cluster
 
 WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -72,18 +77,17 @@ def run(config: TrainingConfig) -> Outcome:
         if adapter := exported(storage):
             return Outcome(adapter)
     connect()
-    check_resources(config, ray.cluster_resources())
-    check_memory(config, gpu_nodes(ray.nodes()))
+    each = resources_per_worker(config)
+    chosen = await_cluster(config.workers.wait_seconds, each, config.least_workers, lambda: _find_place(config))
+    if chosen.why:
+        print(f"GPUs      {chosen.why}", flush=True)
+    check_memory(config, chosen.among(gpu_nodes(ray.nodes())))
     with stopping_by_signal() as stop:
         data = prepare_data(config)
-        trainer = TorchTrainer(
+        trainer = _trainer(config, chosen.accelerator_type, stop.request)(
             train_loop,
             train_loop_config={"config": config.model_dump(mode="json"), **data},
-            scaling_config=ScalingConfig(
-                num_workers=config.workers.count,
-                use_gpu=config.workers.gpus > 0,
-                resources_per_worker=resources_per_worker(config),
-            ),
+            scaling_config=scaling(config, chosen.accelerator_type),
             run_config=RunConfig(
                 name=config.run.name,
                 storage_path=ray_folder(config.run.storage),
@@ -93,13 +97,22 @@ def run(config: TrainingConfig) -> Outcome:
                 callbacks=[stop.callback],
             ),
         )
-        end = stop.run(trainer.fit).return_value
+        end = stop.run(trainer.fit, Watch(config, each, stop.request)).return_value
     if end["error"]:
         raise RunFailed(end["error"])
     if end["stopped"]:
         return Outcome(None, end["step"], stop.exit_code)
     with _writing(config.run.storage):
         return Outcome(_export(storage, config, data))
+
+
+def _trainer(config: TrainingConfig, accelerator_type: str | None, request: Any) -> Callable[..., TorchTrainer]:
+    """Ray Train's trainer, or for a run that may have fewer workers than all one that shrinks and grows."""
+    trainer: Callable[..., TorchTrainer] = TorchTrainer
+    if config.least_workers == config.workers.count:
+        return trainer
+    policy = ElasticPolicy(scaling(config, accelerator_type), config.workers.growth_seconds, request)
+    return partial(ElasticTrainer, policy=policy)
 
 
 def train_loop(raw: dict[str, Any]) -> dict[str, Any]:
@@ -197,10 +210,20 @@ def locate(config: TrainingConfig) -> TrainingConfig:
 
 
 def connect() -> None:
-    """Join the cluster of `RAY_ADDRESS` or of this job, or start one on this machine that ends with this process."""
+    """Join the cluster of `RAY_ADDRESS` or of this job, or start one on this machine that ends with this process.
+
+    Raises:
+        ConfigError: the cluster of `RAY_ADDRESS` does not answer, or does not let this process in.
+    """
     if ray.is_initialized():
         return
-    ray.init(runtime_env={} if inside_job() else {"env_vars": import_paths()}, logging_level=logging.WARNING)
+    options: dict[str, Any] = {"runtime_env": {} if inside_job() else {"env_vars": import_paths()}}
+    options["logging_level"] = logging.WARNING
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        join(address, "RAY_ADDRESS", **options)
+    else:
+        ray.init(**options)
 
 
 def import_paths() -> dict[str, str]:
@@ -219,19 +242,59 @@ def resources_per_worker(config: TrainingConfig) -> dict[str, float]:
     return {"CPU": float(config.workers.cpus), **gpus}
 
 
+def scaling(config: TrainingConfig, accelerator_type: str | None) -> ScalingConfig:
+    """What Ray Train starts: all workers, or from the fewest to the most, on one GPU type where one is given."""
+    least, most = config.least_workers, config.workers.count
+    return ScalingConfig(
+        num_workers=most if least == most else (least, most),
+        use_gpu=config.workers.gpus > 0,
+        resources_per_worker=resources_per_worker(config),
+        accelerator_type=accelerator_type,
+    )
+
+
 def check_resources(config: TrainingConfig, cluster: dict[str, float]) -> None:
     """Say what the cluster lacks, instead of waiting for it without end.
 
     Raises:
-        ConfigError: the workers together need more CPUs or GPUs than all nodes have.
+        ConfigError: the workers, or the fewest that may be, together need more CPUs or GPUs than all nodes have.
     """
+    name = "workers.count" if config.workers.minimum is None else "workers.minimum"
     for kind, each in resources_per_worker(config).items():
-        needed, there = each * config.workers.count, cluster.get(kind, 0.0)
+        needed, there = each * config.least_workers, cluster.get(kind, 0.0)
         if needed > there:
             raise ConfigError(
-                f"workers.count = {config.workers.count} with {each:g} {kind} each needs {needed:g} {kind}, and the "
-                f"cluster has {there:g}: start more nodes, or lower workers.count or workers.{kind.lower()}s"
+                f"{name} = {config.least_workers} with {each:g} {kind} each needs {needed:g} {kind}, and the "
+                f"cluster has {there:g}: start more nodes, or lower {name} or workers.{kind.lower()}s"
             )
+
+
+def check_room(config: TrainingConfig, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Say that workers do not fit the nodes, each of which may have too little though all together have enough.
+
+    Args:
+        config: of the run.
+        nodes: what each has of Ray's resources.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    each = resources_per_worker(config)
+    fitting = room(nodes, each)
+    if fitting < config.least_workers:
+        asked = ", ".join(f"{amount:g} {kind}" for kind, amount in each.items())
+        raise ConfigError(
+            f"{config.least_workers} workers with {asked} each do not fit the nodes, which have room for {fitting}: a "
+            "worker lies on one node; start other nodes, or lower workers.cpus or workers.gpus"
+        )
+
+
+def _find_place(config: TrainingConfig) -> Chosen:
+    """The GPU type that the run takes, of a cluster that has enough for it."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    check_resources(config, ray.cluster_resources())
+    check_room(config, [node["Resources"] for node in nodes])
+    return choose_type(config, gpu_nodes(nodes))
 
 
 def check_memory(config: TrainingConfig, nodes: Sequence[GpuNode]) -> None:
@@ -246,6 +309,7 @@ def check_memory(config: TrainingConfig, nodes: Sequence[GpuNode]) -> None:
     if not config.workers.gpus or not Path(config.model.path).is_dir() or None in sizes or not sizes:
         return
     shape = ModelShape.from_folder(config.model.path)
+    config = config.with_workers(min(config.workers.count, sum(node.gpus // config.workers.gpus for node in nodes)))
     together = workers_per_node(nodes, config.workers.count, config.workers.gpus)
     try:
         strategy = choose_strategy(config, shape, together, min(filter(None, sizes)))

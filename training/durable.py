@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ class DurableTrainer(WeightedTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> torch.Tensor:
         """As WeightedTrainer's, and added to the step's figures."""
-        loss = super().compute_loss(model, inputs, *arguments, **keywords)
+        with self.meter.forward() if model.training else nullcontext():
+            loss = super().compute_loss(model, inputs, *arguments, **keywords)
         if model.training:
             self._step_loss = self._step_loss + loss.detach()
         return loss

@@ -40,11 +40,11 @@ class Plan:
         """Lines for a person."""
         config, workers = self.config, self.config.workers
         checkpoints = f"{without_secrets(config.run.storage)}/{config.run.name}/checkpoints"
-        device = f"{workers.gpus} GPU" if workers.gpus else f"{workers.cpus} CPU"
+        device = f"{workers.gpus} {workers.gpu_type or 'GPU'}" if workers.gpus else f"{workers.cpus} CPU"
         lines = [
             f"run       {config.run.name} in {without_secrets(config.run.storage)}",
             f"workers   {workers.count} × {device}",
-            f"batch     {config.global_batch_size} rows a step: {_shares(config)} on each of {workers.count} workers",
+            f"batch     {config.global_batch_size} rows a step: {_shares(config)} {workers.count} workers",
             f"saving    every {config.run.saving_steps} steps below {checkpoints}: the last "
             f"{config.run.keep_checkpoints}"
             + (" and the best" if config.run.keep_best and config.data.evaluation else ""),
@@ -135,8 +135,10 @@ def _steps(config: TrainingConfig, rows: int) -> int:
 
 def _shares(config: TrainingConfig) -> str:
     if config.batch.micro_batch_size == "auto":
-        return "micro-batches of as many as fit, which the workers find out,"
-    return f"{config.accumulation} × up to {config.batch.micro_batch_size}"
+        return "micro-batches of as many as fit, which the workers find out, on each of"
+    if config.workers.mixed == "proportional":
+        return f"micro-batches of up to {config.batch.micro_batch_size}, dealt by what each GPU takes for one to"
+    return f"{config.accumulation} × up to {config.batch.micro_batch_size} on each of"
 
 
 def _memory_lines(config: TrainingConfig, shape: ModelShape) -> list[str]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -89,20 +90,54 @@ def choose_profile(config: TrainingConfig, wanted: str, gpus: Sequence[GpuProfil
     return Taken(path, f"{path.name}: {kind} for {gpu.name} and this model")
 
 
-def detected_gpus() -> list[GpuProfile]:
+def profiled_tokens_per_second(
+    config: TrainingConfig, gpu: GpuProfile, folder: Path = FOLDER
+) -> tuple[float, Literal["measured", "predicted"]] | None:
+    """Tokens a second of one such GPU at the run's micro-batch, by its profile; None where no profile has it. Where the
+    run's is auto, of the micro-batch that is fastest.
+
+    Args:
+        config: of the run.
+        gpu: the type.
+        folder: of the profiles.
+    """
+    rows = r"\d+" if config.batch.micro_batch_size == "auto" else str(config.batch.rows)
+    for path, about in _of_gpu(folder, gpu, config):
+        if _other_version(path, about) or _other_conditions(path, about, config):
+            continue
+        measured = [
+            trial["tokens_per_second"] / about.get("workers", 1)
+            for trial in about.get("trials", ())
+            if trial.get("outcome") == "measured" and re.fullmatch(rows, str(trial["point"]["micro_batch_size"]))
+        ]
+        if measured:
+            return max(measured), "measured"
+        expected = [speed for name, speed in about.get("expected", {}).items() if re.match(rf"{rows} × \d+ ", name)]
+        if about.get("kind") == "predicted" and expected:
+            return max(expected), "predicted"
+    return None
+
+
+def detected_gpus(config: TrainingConfig) -> list[GpuProfile]:
     """What the run's GPUs are: those of the cluster that it will join, or else of this machine.
 
     Ray tells sizes of one type apart no more than it tells SXM from PCIe: such a type gives several, that with the
-    least memory first. A cluster of several types gives none, for which of them the run gets nobody knows.
+    least memory first. On a cluster of several types they are of the one that the run takes; where it takes all, none.
+
+    Raises:
+        ConfigError: the run can take none of the cluster's types.
     """
     if os.environ.get("RAY_ADDRESS") or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         import ray
 
         from cluster.placement import gpu_nodes
         from training.driver import connect
+        from training.gpu_types import choose_type
 
         connect()
-        types = {node.accelerator_type for node in gpu_nodes(ray.nodes())}
+        nodes = gpu_nodes(ray.nodes())
+        chosen = choose_type(config, nodes).accelerator_type
+        types = {node.accelerator_type for node in nodes} if chosen is None else {chosen}
         own = [profile for profile in PROFILES if types == {profile.accelerator_type}]
         return sorted(own, key=lambda profile: profile.memory_bytes)
     found = {profile_of(name) for (name,) in ask_driver("name")}

@@ -43,7 +43,7 @@ class Wish(IntEnum):
     NONE = 0
     """go on"""
     LEAVE = 1
-    """save, because a worker's process or node is about to go; the run goes on elsewhere"""
+    """save, because a worker's process or node is about to go, or more workers can come; the run goes on with others"""
     END = 2
     """save and end the run, because the driver was asked to"""
 
@@ -83,7 +83,7 @@ def leave(agreed: Wish, step: int) -> None:
 
 
 class StopCallback(WorkerGroupCallback):
-    """Has every worker catch SIGTERM, and rank 0 look at what the driver wants; Ray's controller runs it.
+    """Has every worker catch SIGTERM, and rank 0 look at what is wanted of it; Ray's controller runs it.
 
     The training function runs in a thread of its worker, where no signal handler can be set; what the group executes
     runs in the main thread.
@@ -94,7 +94,11 @@ class StopCallback(WorkerGroupCallback):
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         worker_group.execute(catch_termination)
+        self.request.begin.remote()
         worker_group.execute_single(0, follow, self.request)
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        self.request.over.remote()
 
 
 def catch_termination() -> None:
@@ -110,7 +114,7 @@ def catch_termination() -> None:
 
 
 def follow(request: Any) -> None:
-    """From now on know, within `POLL_SECONDS`, whether the driver wants the run to end."""
+    """From now on know, within `POLL_SECONDS`, what is wanted of the run's workers."""
     threading.Thread(target=_poll, args=(request,), name="stop-request", daemon=True).start()
 
 
@@ -120,12 +124,13 @@ class Stop:
     Attributes:
         callback: for `ray.train.RunConfig(callbacks=[…])`.
         signal: number of the first signal that came, or None.
+        request: through which workers are asked.
     """
 
     def __init__(self, request: Any) -> None:
         self.callback = StopCallback(request)
         self.signal: int | None = None
-        self._request = request
+        self.request = request
 
     @property
     def asked(self) -> bool:
@@ -137,8 +142,8 @@ class Stop:
         """What a process ended by that signal exits with: 130 after SIGINT, 143 after SIGTERM."""
         return 128 + (self.signal or 0)
 
-    def run(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns or raises.
+    def run(self, work: Callable[[], Result], watch: Callable[[], None] = lambda: None) -> Result:
+        """What `work` returns or raises; meanwhile `watch` is called now and then, which may end it by an error.
 
         It runs in a thread, so that this one is free for signals, and `trainer.fit` leaves SIGINT alone. After the
         first signal the workers are told to save and end; the second ends this process, and with it the run.
@@ -151,9 +156,11 @@ class Stop:
         threading.Thread(target=_fulfil, args=(outcome, work), name="driver", daemon=True).start()
         told = False
         while not wait([outcome], timeout=WAIT_SECONDS).done:
-            if self.asked and not told:
+            if not self.asked:
+                watch()
+            elif not told:
                 told = True
-                if not ray.get(self._request.ask.remote()):
+                if not ray.get(self.request.ask.remote()):
                     self._leave_if_asked()
                 print("stopping  after this step, when it is saved; a second signal aborts at once", flush=True)
         return outcome.result()
@@ -194,8 +201,11 @@ def stopping_by_signal() -> Iterator[Stop]:
 def _poll(request: Any) -> None:
     while not _ended.is_set():
         try:
-            if ray.get(request.asked.remote()):
+            wanted = ray.get(request.asked.remote())
+            if wanted == Wish.END:
                 _ended.set()
+            elif wanted == Wish.LEAVE:
+                _terminated.set()
         except RayError:  # the driver is gone, and Ray takes this worker with it
             return
         time.sleep(POLL_SECONDS)

@@ -53,6 +53,8 @@ class Meter:
         """up to the last line, since `start`; the same on all workers"""
         self.own: dict[str, float] = {}
         """`memory_gib` and `data_wait` of this worker alone, up to the last line"""
+        self.forward_seconds: list[float] = []
+        """of each worker in a step, the mean over those up to the last line; what it computes alone"""
         self._since: float | None = None
         self._step = 0
         self._tokens = 0.0
@@ -60,6 +62,8 @@ class Meter:
         self._paused = 0.0
         self._waited = 0.0
         self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._computed = 0.0
+        self._passes: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def start(self, step: int) -> None:
         """Training begins, or goes on, after `step` optimizer steps."""
@@ -101,6 +105,20 @@ class Meter:
                     return
             yield batch
 
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """A forward pass happens within, in which no worker waits for another unless they share the base."""
+        if self.device.type == "cuda":
+            begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun.record()
+            yield
+            done.record()
+            self._passes.append((begun, done))
+        else:
+            began = self.clock()
+            yield
+            self._computed += self.clock() - began
+
     def figures(self, tokens: float, step: int) -> dict[str, float]:
         """Figures since the last call, or since `start`, the same on all workers; then the next line begins.
 
@@ -124,11 +142,11 @@ class Meter:
         load = EXPERT_LOAD.take()
         seconds = self.clock() - self._since - self._paused
         self.own = {"memory_gib": memory_gib(self.device), "data_wait": self._take_waited() / seconds}
-        shared = self._of_all(
-            [seconds, *self.own.values(), *(load.get(name, math.nan) for name in ("expert_load_max", "experts_idle"))]
-        )
+        loads = (load.get(name, math.nan) for name in ("expert_load_max", "experts_idle"))
+        shared = self._of_all([seconds, *self.own.values(), *loads, self._take_computed() / steps])
         seconds, memory, data_wait = shared[:, :3].amax(0).tolist()
-        load_max, idle = shared[:, 3:].mean(0).tolist()
+        load_max, idle = shared[:, 3:5].mean(0).tolist()
+        self.forward_seconds = shared[:, 5].tolist()
         speed = self._tokens / seconds
         self.training_seconds += seconds
         self._begin_line()
@@ -146,6 +164,7 @@ class Meter:
     def _begin_line(self) -> None:
         self._since, self._tokens, self._paused = self.clock(), 0.0, 0.0
         self._waited, self._gaps = 0.0, []
+        self._computed, self._passes = 0.0, []
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -166,6 +185,13 @@ class Meter:
             busy.synchronize()  # long done: later steps' losses are known
             self._waited += idle.elapsed_time(busy) / 1000
         return self._waited
+
+    def _take_computed(self) -> float:
+        """Seconds of forward passes since the last line."""
+        for begun, done in self._passes:
+            done.synchronize()
+            self._computed += begun.elapsed_time(done) / 1000
+        return self._computed
 
     def _of_all(self, own: list[float]) -> torch.Tensor:
         """Values [W, n] of all W workers."""

@@ -47,6 +47,8 @@ class WeightedTrainer(SFTTrainer):
         group_lengths: rows of like length, by the column `length_column_name`, become neighbours; with
             `global_batch_size` alone.
         full_batches: as StepSampler's.
+        shares: as StepSampler's; with `global_batch_size` alone, and not where workers share a base, whose gathers
+            need as many micro-batches on each.
         activation_offload: activations wait in host memory between forward and backward pass.
         languages: of the held-out rows, by their places in the column `languages`; evaluation then also says the loss
             of each, `eval_loss_TAG`.
@@ -66,6 +68,7 @@ class WeightedTrainer(SFTTrainer):
         global_batch_size: int | None = None,
         group_lengths: bool = False,
         full_batches: bool = False,
+        shares: Sequence[int] | None = None,
         activation_offload: bool = False,
         languages: Sequence[str] = (),
         **keywords: Any,
@@ -77,6 +80,7 @@ class WeightedTrainer(SFTTrainer):
         self.group_lengths = group_lengths
         self.full_batches = full_batches
         self.languages = tuple(languages)
+        self.shares = shares
         self.offload = Offload(self.model, self.args.device) if activation_offload else None
         self._training, self._evaluation = _Sums(), _Sums()
         self._tokens_before = 0
@@ -128,7 +132,7 @@ class WeightedTrainer(SFTTrainer):
         if balanced:
             balance, counted = self._balancing_loss(outputs.router_logits, inputs)
             sums.add(balance=balance.detach(), batches=counted)
-            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            steps = 1.0 if num_items_in_batch is None else self._mean_accumulation()
             loss = loss + self.router_balance / steps * balance
         return loss
 
@@ -151,6 +155,7 @@ class WeightedTrainer(SFTTrainer):
             settings.seed,
             rows[settings.length_column_name][:] if self.group_lengths else None,
             full_batches=self.full_batches,
+            shares=self.shares,
         )
         if settings.gradient_accumulation_steps != sampler.accumulation:
             raise ValueError(
@@ -246,6 +251,12 @@ class WeightedTrainer(SFTTrainer):
             return 1 / max(1, trained)
         workers: int = self.accelerator.num_processes // self.get_tp_size()
         return workers / torch.as_tensor(items).clamp(min=1)
+
+    def _mean_accumulation(self) -> float:
+        """Micro-batches of a worker in a step, the mean over the workers, over whose gradients DDP takes the mean."""
+        if self.shares is None:
+            return float(self.current_gradient_accumulation_steps)
+        return sum(self.shares) / len(self.shares)
 
     def _without_repeated_rows(self, labels: torch.Tensor) -> torch.Tensor:
         """Labels [B, T] without those of the rows that accelerate repeats, so that each worker has as many."""

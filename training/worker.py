@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from training.modeling.loading import checkpoint_folder
 from training.modeling.sharding import sharding_mesh
 from training.progress import Metrics, Progress
 from training.scratch import scratch_folder
+from training.shares import shares_by_speed
+from training.slow import SlowWorker, name_of
 from training.strategy import choose_strategy, workers_within_a_node
 from training.throughput import Meter, flops_per_token, peak_flops
 from training.together import Agreed, together
@@ -58,7 +61,7 @@ def train_loop(raw: dict[str, Any]) -> dict[str, Any]:
     # Ray Train stands in a folder of its own; relative paths are meant from the project, in a job this node's copy.
     os.chdir(Path(__file__).resolve().parents[1])
     quiet_libraries()
-    config = TrainingConfig.model_validate(raw["config"])
+    config = TrainingConfig.model_validate(raw["config"]).with_workers(ray.train.get_context().get_world_size())
     reached = 0
     with scratch_folder() as scratch:
         keeper = Keeper(config, scratch)
@@ -86,7 +89,7 @@ def _set_up(
         Agreed: a worker met an error of the user's; all workers raise the first one's.
     """
     together(check_versions_agree)
-    rank, workers = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    rank, workers = ray.train.get_context().get_world_rank(), config.workers.count
     device = get_device() if config.workers.gpus else torch.device("cpu")
     if device.type == "cpu":
         torch.set_num_threads(config.workers.cpus)
@@ -107,9 +110,13 @@ def _set_up(
     snapshot = keeper.find(base, raw["train"].partition("?")[0].rpartition("/")[2])
     prepared = Prepared.model_validate(raw["prepared"])
     meter = Meter(device, flops_per_token(config, shape, prepared.counts), peak_flops(device, workers))
-    callbacks = [Metrics(meter, config.run.name, rank), Progress()]
+    callbacks = [Metrics(meter, config.run.name, rank), Progress(), SlowWorker(meter, of_all_ranks(name_of(device)))]
     parts = (base, model, train, evaluation, keeper, meter, scratch, callbacks)
-    return together(lambda: fitting_trainer(sized, sizes, lambda run: make_trainer(run, *parts))), snapshot
+    shares = None
+    if config.workers.mixed == "proportional":
+        even = together(lambda: make_trainer(sized, *parts))
+        shares = together(lambda: shares_by_speed(sized, device, even))
+    return together(lambda: fitting_trainer(sized, sizes, lambda run: make_trainer(run, *parts, shares))), snapshot
 
 
 def make_trainer(
@@ -122,6 +129,7 @@ def make_trainer(
     meter: Meter,
     scratch: Path,
     callbacks: list[TrainerCallback],
+    shares: Sequence[int] | None = None,
 ) -> DurableTrainer:
     """The trainer of this worker's part of the run.
 
@@ -135,11 +143,15 @@ def make_trainer(
         meter: of this worker, which one of the callbacks starts and stops.
         scratch: folder of this worker alone.
         callbacks: beside those of the trainer itself.
+        shares: micro-batches of each worker in a step; None for all alike.
     """
     evaluation, languages = with_languages(evaluation, base) if evaluation is not None else (None, ())
+    arguments = trainer_arguments(config, scratch, evaluate=evaluation is not None)
+    if shares is not None:
+        arguments.gradient_accumulation_steps = shares[arguments.process_index]
     trainer = DurableTrainer(
         model=model,
-        args=trainer_arguments(config, scratch, evaluate=evaluation is not None),
+        args=arguments,
         data_collator=Collator(config.data.loss_weights, multiple=row_multiple(config)),
         train_dataset=train,
         eval_dataset=evaluation,
@@ -151,6 +163,7 @@ def make_trainer(
         group_lengths=not config.data.packing,
         full_batches=config.compiled,
         languages=languages,
+        shares=shares,
         keeper=keeper,
         meter=meter,
         tolerated_skips=config.optimizer.tolerated_skips,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 from typing import Any
 
 import ray
@@ -13,10 +12,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.checking import probe
 from cluster.checking.report import Node
-from cluster.config import ConfigError
+from cluster.joining import join
 from cluster.placement import TYPE_PREFIX
-
-CONNECT_SECONDS = 5.0
 
 
 def ask_nodes(address: str, storage: str | None, limit_seconds: float) -> list[Node]:
@@ -30,12 +27,7 @@ def ask_nodes(address: str, storage: str | None, limit_seconds: float) -> list[N
     Raises:
         ConfigError: there is no such cluster, it does not let this process in, or it runs another Ray.
     """
-    _require_answer(address)
-    try:
-        ray.init(address, logging_level=logging.ERROR, log_to_driver=False, configure_logging=False)
-    except Exception as error:  # Ray's errors of joining have no class in common
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"the Ray cluster at {address} does not let this process in: {reason}") from None
+    join(address, "--address", logging_level=logging.ERROR, log_to_driver=False, configure_logging=False)
     try:
         return _ask(storage, limit_seconds)
     finally:
@@ -81,17 +73,3 @@ def _row(node: dict[str, Any], answer: dict[str, Any] | None = None, error: str 
         error=error,
         **({"host": node["NodeManagerHostname"]} | (answer or {})),
     )
-
-
-def _require_answer(address: str) -> None:
-    """Ray waits long for an address that nothing listens on."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        if address == "auto":
-            return
-        raise ConfigError(f"--address {address}: HOST:PORT of a cluster's head is needed, or auto")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"nothing answers at {address} ({reason}): is it the head's address, and Ray up?") from None

@@ -13,6 +13,7 @@ from pathlib import Path
 from ray.job_submission import JobSubmissionClient
 
 from cluster.config import ConfigError
+from cluster.joining import refusal
 from cluster.memory import size
 from cluster.submission.job import INTERRUPTED, OnInterrupt, Patience, Wish, alone, follow, interrupted
 from cluster.submission.packing import package_of
@@ -114,7 +115,14 @@ def connect(address: str | None) -> JobSubmissionClient:
         client.get_version()
         return client
     except Exception as error:
+        if _is_refusal(error):
+            raise ConfigError(f"the job server at {address} does not let this process in: {refusal(error)}") from None
         raise ConfigError(f"no job server answers at {address}: {_safe(error, {})}") from None
+
+
+def _is_refusal(error: BaseException) -> bool:
+    text = str(error).lower()
+    return "token" in text or "authenticat" in text or "unauthorized" in text
 
 
 def _safe(error: BaseException, secrets: dict[str, str]) -> str:

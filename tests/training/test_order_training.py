@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -31,6 +32,12 @@ ONE_BY_ONE: dict[int, list[tuple[int, int, bool]]] = {
     3: [(8, 3, False), (8, 1, True), (4, 2, True), (2, 1, False)],
 }
 """by workers: global batch, micro-batch and full batches of a comparison; with 2 rows a third worker has but fillers"""
+
+UNLIKE: dict[int, list[tuple[int, int, bool, tuple[int, ...]]]] = {
+    2: [(8, 2, True, (1, 3)), (8, 3, False, (3, 1))],
+    3: [(4, 1, False, (1, 1, 2))],
+}
+"""the same with micro-batches of each worker in a step"""
 
 RUN: dict[str, Any] = {"learning_rate": 1e-2, "max_steps": 7, "save_steps": 1, "lr_scheduler_type": "constant"}
 """steps of 4 rows, of which an epoch has 3"""
@@ -85,15 +92,17 @@ def run(
     workers: int,
     *,
     full: bool = False,
+    shares: Sequence[int] | None = None,
     stop: int | None = None,
     resume: Path | None = None,
     **settings: Any,
 ) -> Run:
     """A new trainer's steps of `size` rows on `workers`, of which this process is one."""
-    accumulation = -(-size // (micro_batch * workers))
+    rank = int(os.environ.get("RANK", 0))
+    accumulation = shares[rank] if shares else -(-size // (micro_batch * workers))
     settings = {"learning_rate": 0.0, "max_steps": min(3, -(-len(SIZES) // size))} | settings
     batch: dict[str, Any] = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
-    trainer = build(folder, **batch, **settings, global_batch_size=size, full_batches=full)
+    trainer = build(folder, **batch, **settings, global_batch_size=size, full_batches=full, shares=shares)
     assert trainer.args.world_size == workers
     recorder = Recorder(stop)
     trainer.train_dataset, trainer.data_collator = numbered_rows(), recorder
@@ -114,8 +123,9 @@ def flat(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def check_gradients(folder: Path, workers: int) -> None:
     """Those of each step, the short last one too, are one worker's with all rows of a step in one micro-batch."""
-    for size, micro_batch, full in ONE_BY_ONE[workers]:
-        found = run(folder, size, micro_batch, workers, full=full)
+    alike = [(*split, None) for split in ONE_BY_ONE[workers]]
+    for size, micro_batch, full, shares in (*alike, *UNLIKE.get(workers, [])):
+        found = run(folder, size, micro_batch, workers, full=full, shares=shares)
         losses = json.loads((folder / f"losses-{size}.json").read_text())
         assert found.losses == pytest.approx(losses, rel=1e-6)
         assert len(found.gradients) == len(losses) == min(3, -(-len(SIZES) // size))

@@ -1,4 +1,5 @@
-"""A way to an S3 server on which every third PUT gets lost: answered with 500, with 403, or not at all, in turn."""
+"""A way to a server on which requests get lost; to S3 every third PUT: answered with 500, with 403, or not at all, in
+turn."""
 
 from __future__ import annotations
 
@@ -6,13 +7,15 @@ import re
 import socket
 import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
 
 ANSWERS = (b"500 Internal Server Error", b"403 Forbidden", None)
 PIECE = 1 << 16
+Fate = tuple[bool, bytes | None]
+"""whether a request fails, and the status of its answer, None for no answer"""
 
 
 @contextmanager
@@ -20,29 +23,40 @@ def failing_every_third_put(uri: str) -> Iterator[tuple[str, list[str]]]:
     """URI of the same place by way of a proxy, and what became of each PUT that failed."""
     upstream = re.search(r"endpoint_override=([^:&]+):(\d+)", uri)
     assert upstream
-    with Proxy((upstream[1], int(upstream[2]))) as proxy:
+    faults = Faults()
+    with Proxy((upstream[1], int(upstream[2])), faults) as proxy:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         try:
-            yield uri.replace(upstream[0], f"endpoint_override=127.0.0.1:{proxy.server_address[1]}"), proxy.failures
+            yield uri.replace(upstream[0], f"endpoint_override=127.0.0.1:{proxy.server_address[1]}"), faults.failures
         finally:
             proxy.shutdown()
 
 
 class Proxy(socketserver.ThreadingTCPServer):
-    """Hands each connection's first request on to `upstream`, and the answer back; the connection ends with it."""
+    """Hands each connection's first request on to `upstream`, and the answer back; the connection ends with it.
+
+    Args:
+        upstream: host and port.
+        fate: of a request, by its method.
+    """
 
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, upstream: tuple[str, int]) -> None:
+    def __init__(self, upstream: tuple[str, int], fate: Callable[[str], Fate]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.upstream = upstream
+        self.upstream, self.fate = upstream, fate
+
+
+class Faults:
+    """What becomes of each request to S3."""
+
+    def __init__(self) -> None:
         self.puts = count(1)
         self.failures: list[str] = []
 
-    def fate(self) -> tuple[bool, bytes | None]:
-        """Whether this PUT fails, and the status of the answer."""
-        if next(self.puts) % 3:
+    def __call__(self, method: str) -> Fate:
+        if method != "PUT" or next(self.puts) % 3:
             return False, None
         answer = ANSWERS[len(self.failures) % len(ANSWERS)]
         self.failures.append(answer[:3].decode() if answer else "dropped")
@@ -62,11 +76,10 @@ class Handler(socketserver.BaseRequestHandler):
             if not piece:
                 return
             head += piece
-        if head.startswith(b"PUT "):
-            fails, answer = self.server.fate()
-            if fails:
-                self._refuse(answer)
-                return
+        fails, answer = self.server.fate(head.split(b" ", 1)[0].decode())
+        if fails:
+            self._refuse(answer)
+            return
         first, rest = head.split(b"\r\n", 1)
         with suppress(OSError), socket.create_connection(self.server.upstream) as upstream:
             upstream.sendall(first + b"\r\nConnection: close\r\n" + rest)

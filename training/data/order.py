@@ -41,7 +41,8 @@ class StepSampler(Sampler[list[int]]):
     Step k of an epoch holds the rows k·G … (k+1)·G-1 of `epoch_order`, the last step what is left. They are spread over
     `accumulation` rounds, and those of a round over the workers, in contiguous pieces whose sizes differ by at most
     one; where G = M · W · accumulation every piece of a full step has M rows. Places without a row are `FILLER`, so
-    that each worker has the same number of micro-batches and none is empty.
+    that each worker has the same number of micro-batches and none is empty. With `shares` a step is cut into as many
+    pieces as these come to, and each worker has its number of them.
 
     Args:
         rows: of the data set.
@@ -52,9 +53,10 @@ class StepSampler(Sampler[list[int]]):
         seed: of the order.
         lengths: of each row, to make rows of like length neighbours; None leaves them at random.
         full_batches: every micro-batch has M places, for layers that are compiled for one shape.
+        shares: micro-batches of each worker in every step, W of them and each at least 1; None for all alike.
 
     Raises:
-        ValueError: a number is out of its range, or there is not one length for each row.
+        ValueError: a number is out of its range, there is not one length for each row, or the shares are too few.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class StepSampler(Sampler[list[int]]):
         lengths: Sequence[int] | np.ndarray | None = None,
         *,
         full_batches: bool = False,
+        shares: Sequence[int] | None = None,
     ) -> None:
         if min(rows, global_batch_size, micro_batch_size, workers) < 1:
             raise ValueError("rows, global_batch_size, micro_batch_size and workers must be at least 1")
@@ -75,6 +78,12 @@ class StepSampler(Sampler[list[int]]):
             raise ValueError(f"rank must be from 0 to {workers - 1}, not {rank}")
         if lengths is not None and len(lengths) != rows:
             raise ValueError(f"there are {rows} rows and {len(lengths)} lengths")
+        if shares is not None and (len(shares) != workers or min(shares) < 1):
+            raise ValueError(
+                f"there are {workers} workers, and shares are {list(shares)}: each needs one, of at least 1"
+            )
+        if shares is not None and sum(shares) * micro_batch_size < global_batch_size:
+            raise ValueError(f"shares of {sum(shares)} micro-batches have no place for {global_batch_size} rows")
         self.rows = rows
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
@@ -83,11 +92,14 @@ class StepSampler(Sampler[list[int]]):
         self.seed = seed
         self.lengths = None if lengths is None else np.asarray(lengths, np.int64)
         self.places = micro_batch_size if full_batches else 1
+        self.shares = None if shares is None else list(shares)
         self.epoch = 0
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of each worker in every step."""
+        """Micro-batches of this worker in every step; of each, where there are no shares."""
+        if self.shares is not None:
+            return self.shares[self.rank]
         return -(-self.global_batch_size // (self.workers * self.micro_batch_size))
 
     @property
@@ -101,12 +113,20 @@ class StepSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = epoch_order(self.rows, self.seed, self.epoch, self.lengths, self.global_batch_size)
-        pieces = self.accumulation * self.workers
+        pieces, own = self._pieces()
         for start in range(0, self.rows, self.global_batch_size):
             step = order[start : start + self.global_batch_size]
-            for piece in range(self.rank, pieces, self.workers):
+            for piece in own:
                 batch = step[len(step) * piece // pieces : len(step) * (piece + 1) // pieces].tolist()
                 yield batch + [FILLER] * (self.places - len(batch))
+
+    def _pieces(self) -> tuple[int, range]:
+        """Into how many pieces a step is cut, and which are this worker's."""
+        if self.shares is None:
+            pieces = self.accumulation * self.workers
+            return pieces, range(self.rank, pieces, self.workers)
+        first = sum(self.shares[: self.rank])
+        return sum(self.shares), range(first, first + self.shares[self.rank])
 
     def set_epoch(self, epoch: int) -> None:
         """Have the next iteration go through the rows in the order of `epoch`, from 0."""

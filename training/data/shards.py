@@ -12,9 +12,8 @@ import pyarrow.fs
 import pyarrow.parquet
 
 from cluster.artifacts import publish_file
-from cluster.storage import is_uri
+from cluster.storage import Storage, is_uri
 from training.data.packing import Row
-from training.data.places import open_filesystem
 
 if TYPE_CHECKING:  # the driver writes shards, and this takes a second to import
     from datasets import Dataset
@@ -56,16 +55,20 @@ def read_shards(place: str, scratch: Path) -> Dataset:
     Args:
         place: the folder, or its URI, from where the shards are copied first.
         scratch: folder on this node, for that.
+
+    Raises:
+        StorageError: the storage does not answer.
     """
     from datasets import Dataset
 
     if not is_uri(place):
         return Dataset.from_parquet(shard_files(Path(place)))
-    source, inner = open_filesystem(place)
-    copy = scratch / Path(inner).name
+    storage = Storage.at(place)
+    copy = scratch / Path(storage.path).name
     copy.mkdir(exist_ok=True)
-    local = pyarrow.fs.LocalFileSystem()
-    pyarrow.fs.copy_files(inner, str(copy), source_filesystem=source, destination_filesystem=local)
+    for name, is_folder in storage.names():
+        if not is_folder:
+            (copy / name).write_bytes(storage.read(name))
     return Dataset.from_parquet(shard_files(copy), cache_dir=str(scratch / "rows"))
 
 
