@@ -7,7 +7,8 @@ with random weights on the disk, once with prompts of 128 tokens and answers of 
 (our endpoint on Ray Serve over vLLM, chat completions), `vllm-offline` (vLLM's `LLM.generate`, tokens in and out) and
 `vllm-serve` (vLLM's own server; plain completions, since its chat interface fails on what random weights write, which
 is less work for it). On a CPU: `scripted` (our endpoint over an engine that makes a token for each stream every 10 ms,
-as a GPU would) and `scripted-unclocked` (every token an event of its own, as fast as they are taken).
+as a GPU would), `scripted-python` (the same behind Serve's proxy in Python) and `scripted-unclocked` (every token an event
+of its own, as fast as they are taken).
 
 A row that fails says `not measured` and why.
 """
@@ -33,7 +34,7 @@ from cluster.local import free_ports, stop_tree
 from tests.benchmarks.record import RESULTS, keep
 
 GPU_ROWS = ("raysoner", "vllm-offline", "vllm-serve")
-CPU_ROWS = ("scripted", "scripted-unclocked")
+CPU_ROWS = ("scripted", "scripted-python", "scripted-unclocked")
 Point = tuple[int, int]
 """tokens of a prompt and of an answer"""
 SHAPES = {"serving": (128, 256), "serving_long": (1024, 512)}
@@ -99,6 +100,7 @@ def measure(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     rows = {
         "raysoner": _measure_endpoint,
         "scripted": _measure_endpoint,
+        "scripted-python": _measure_endpoint,
         "scripted-unclocked": _measure_endpoint,
         "vllm-offline": _measure_offline,
         "vllm-serve": _measure_server,
@@ -140,7 +142,7 @@ def endpoint(name: str, options: argparse.Namespace) -> Iterator[tuple[str, str,
     from serving.haproxy import choose_proxy, environment, private_folder
     from tests.benchmarks import serving_replicas as replicas
 
-    kinds = {"raysoner": replicas.RandomReplica, "scripted": replicas.ScriptedReplica}
+    kinds = {"raysoner": replicas.RandomReplica, "scripted-unclocked": replicas.UnclockedReplica}
     config = ServingConfig.model_validate(_settings(name, options))
     proxy = choose_proxy(config)
     (port,) = free_ports(1)
@@ -149,7 +151,7 @@ def endpoint(name: str, options: argparse.Namespace) -> Iterator[tuple[str, str,
         ray.init(address="local", include_dashboard=False, log_to_driver=False, _temp_dir=folder, runtime_env=variables)
         try:
             serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
-            kind = kinds.get(name, replicas.UnclockedReplica)
+            kind = kinds.get(name, replicas.ScriptedReplica)
             handle = serve.run(application(config, kind), name=APPLICATION, route_prefix="/")
             yield f"http://127.0.0.1:{port}", proxy, lambda: handle.take_first_token_seconds.remote().result()
         finally:
@@ -162,7 +164,7 @@ def _settings(name: str, options: argparse.Namespace) -> dict[str, Any]:
     longest, gpus = options.prompt_tokens + MARGIN_TOKENS + options.output_tokens, int(name == "raysoner")
     return {
         "model": {"path": str(_codec_folder(name, options).absolute()), "name": "benchmark"},
-        "endpoint": {"proxy": options.proxy},
+        "endpoint": {"proxy": "python" if name == "scripted-python" else options.proxy},
         "engine": {
             "kind": "vllm" if gpus else "auto",
             "maximum_concurrent": options.streams,
