@@ -7,8 +7,8 @@ with random weights on the disk, once with prompts of 128 tokens and answers of 
 (our endpoint on Ray Serve over vLLM, chat completions), `vllm-offline` (vLLM's `LLM.generate`, tokens in and out) and
 `vllm-serve` (vLLM's own server; plain completions, since its chat interface fails on what random weights write, which
 is less work for it). On a CPU: `scripted` (our endpoint over an engine that makes a token for each stream every 10 ms,
-as a GPU would), `scripted-python` (the same behind Serve's proxy in Python) and `scripted-unclocked` (every token an event
-of its own, as fast as they are taken).
+as a GPU would), `scripted-python` (the same behind Serve's proxy in Python) and `scripted-unclocked` (every token an
+event of its own, as fast as they are taken).
 
 A row that fails says `not measured` and why.
 """
