@@ -29,6 +29,8 @@ from .conftest import WHOLE, Whole
 from .running import LONG, RESUMED, STEP, Run, largest_differences, start, train_workers
 from .test_faults_stops import node
 
+DRAIN_SECONDS = 30
+"""Ray's own, which these tests' Rays go without"""
 GROWTH_SECONDS = 30.0
 
 
@@ -240,6 +242,7 @@ def stopped(process: psutil.Process) -> Iterator[None]:
 
 @pytest.mark.cluster
 @pytest.mark.fault
+@pytest.mark.skipif(not LONG, reason="minutes on a busy machine: make test-faults runs it")
 def test_a_run_shrinks_and_grows_with_its_nodes(whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A node is told to stop, another comes, and in the long form that one is lost without a word: a retry is for that.
 
@@ -251,15 +254,17 @@ def test_a_run_shrinks_and_grows_with_its_nodes(whole: Whole, tmp_path: Path, mo
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
     elastic = {"workers__minimum": 1, "workers__growth_seconds": 1, "workers__retries": int(LONG)}
     with local_ray(1, dashboard=False) as head:
-        with node(head, tmp_path / "node-1"):
+        with node(head, tmp_path / "node-1", DRAIN_SECONDS) as told:
             run = start(head, tmp_path, "short", tmp_path / "log", **elastic, **WHOLE)
             run.wait_for(r"step 3/\d+ saved")
+            told.terminate()
+            told.wait(2 * DRAIN_SECONDS)
         seen = run.wait_for("workers   1 of 2, for the cluster has no room for more")
         seen = run.wait_for(STEP.pattern, run.wait_for(RESUMED.pattern, seen))
         (alone,) = train_workers(head)
         with ExitStack() as coming:
             with stopped(alone):
-                lost = coming.enter_context(node(head, tmp_path / "node-2"))
+                lost = coming.enter_context(node(head, tmp_path / "node-2", DRAIN_SECONDS))
                 seen = run.wait_for("growing   from 1 workers to 2, once this step is saved", seen)
             seen = run.wait_for(STEP.pattern, run.wait_for(RESUMED.pattern, seen))
             assert len(train_workers(head)) == 2

@@ -76,17 +76,16 @@ def test_a_node_is_lost_and_replaced(whole: Whole, tmp_path: Path, monkeypatch: 
 
 
 @contextmanager
-def node(head: LocalRay, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Another node of one CPU, with a raylet of its own."""
+def node(head: LocalRay, log: Path, drain_seconds: int = 0) -> Iterator[subprocess.Popen[bytes]]:
+    """Another node of one CPU, with a raylet of its own, which on a SIGTERM gives its actors so long to leave."""
+    environment = {**head.environment, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(drain_seconds)}
     ports = dict(zip(PORT_FLAGS[3:], free_ports(len(PORT_FLAGS[3:])), strict=True))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--address", head.address, "--block"]
     command += ["--num-cpus", "1", "--node-ip-address", "127.0.0.1", "--object-store-memory", "100000000"]
     command += [f"{flag}={port}" for flag, port in ports.items()]
     for tries_left in (2, 1, 0):  # Ray gives a node 30 s to come up, which a busy machine may not
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                command, env=head.environment, stdout=output, stderr=output, start_new_session=True
-            )
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
         try:
             if is_up(process, log) or not tries_left:
                 assert process.poll() is None, log.read_text()
