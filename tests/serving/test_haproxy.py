@@ -117,7 +117,14 @@ def deploy(messages: int) -> None:
 def replicas() -> list[psutil.Process]:
     """Processes of replicas that run."""
     family = psutil.Process().children(recursive=True)
-    return [each for each in family if each.is_running() and "ServeReplica" in " ".join(each.cmdline())]
+    return [each for each in family if _is_replica(each)]
+
+
+def _is_replica(process: psutil.Process) -> bool:
+    try:
+        return "ServeReplica" in " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
 
 
 def wait_for(reached: Callable[[], bool], what: str) -> None:
