@@ -22,6 +22,7 @@ from cluster.local import LocalRay, local_ray
 DEMO = "training/configs/demo.toml"
 LONGEST = (
     "training/test_demo_run.py",
+    "tuning/test_cluster.py",
     "training/test_faults_storage.py",
     "training/test_stopping.py",
     "training/test_faults_stops.py",

@@ -39,6 +39,11 @@ TYPES = {"A100": "A100-80G", "GeForce-RTX-4090": "RTX-4090", "H100": "H100"}
 """as Ray calls them, and the names of their profiles"""
 
 
+long_form = pytest.mark.skipif(
+    os.environ.get("RAYSONER_FAULTS") != "long", reason="minutes of a busy machine: make test-faults runs it"
+)
+
+
 @pytest.fixture(scope="module")
 def imaginary() -> Iterator[Cluster]:
     """A head without GPUs and a node of each type; Ray's folder has a short path, as socket paths must."""
@@ -177,6 +182,8 @@ def test_a_search_for_quality_wants_held_out_data_and_one_type(imaginary: Cluste
         search_quality(of_quality(config), "test", train_stand_in)
 
 
+@pytest.mark.fault
+@long_form
 def test_a_type_whose_node_is_lost_leaves_the_search_and_goes_on_later(
     imaginary: Cluster, base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,6 +259,8 @@ def test_workers_of_a_trial_are_spread_where_no_node_has_room_and_end_together(
             os.kill(each["pid"], 0)
 
 
+@pytest.mark.fault
+@long_form
 def test_a_real_trial_on_two_nodes(imaginary: Cluster, tmp_path: Path) -> None:
     """Three workers of the demo over gloo, of which the head has room for two."""
     config = load_files(SearchConfig, "training/configs/demo.toml")
