@@ -29,12 +29,12 @@ from transformers import PreTrainedTokenizerFast
 from cluster.harmony import Codec
 from tests.benchmarks.record import keep
 from tests.o200k import save_o200k_tokenizer
-from training.config import DataConfig
 from training.data.conversations import parts, read_part
 from training.data.documents import Counts, read_documents
 from training.data.packing import pack
 from training.demo import problems
 from training.demo.phrasebook import LANGUAGES
+from training.sections import DataConfig
 
 SAMPLES = 600
 TOKENS = 1000

@@ -29,11 +29,11 @@ from tests.benchmarks import train_models
 from tests.benchmarks.distributed_gpu import loss_of
 from tests.benchmarks.train_step import model_config
 from training.agreement import check_ranks_agree, of_all_ranks, trainable
-from training.config import LoraConfig
 from training.modeling.adapters import attach_adapters
 from training.modeling.attention import implementation
 from training.modeling.engine import prepare
 from training.modeling.sharding import GatherCounter, ignore_frozen, sharding_mesh
+from training.sections import LoraConfig
 
 PATIENCE = datetime.timedelta(seconds=150)
 """that a collective waits for other ranks, which may compile meanwhile"""

@@ -18,7 +18,6 @@ from transformers.initialization import no_init_weights
 
 from cluster.model import ATTENTION_LINEARS, EXPERT_PARAMETERS
 from training.agreement import local
-from training.config import LoraConfig
 from training.modeling.adapters import attach_adapters
 from training.modeling.attention import implementation
 from training.modeling.engine import prepare
@@ -27,6 +26,7 @@ from training.modeling.loss import weighted_nll
 from training.modeling.mxfp4 import dequantise
 from training.modeling.offload import Offload
 from training.modeling.sharding import own_rows, shard_layers
+from training.sections import LoraConfig
 
 Batch = dict[str, torch.Tensor]
 

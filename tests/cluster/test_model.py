@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from cluster.model import GPT_OSS_20B, GPT_OSS_120B, SLIDING_WINDOW, Checkpointing, ModelShape
-from training.config import LoraConfig
 from training.modeling.base import peft_config
+from training.sections import LoraConfig
 
 DEMO = Path("training/demo/model")
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from training.config import LoraConfig
 from training.modeling import experts_ops
 from training.modeling.adapters import attach_adapters
 from training.modeling.base import peft_config
@@ -21,6 +20,7 @@ from training.modeling.experts import EXPERTS, ExpertFactors
 from training.modeling.grouped import sort_by_expert
 from training.modeling.mxfp4 import dequantise, quantise
 from training.modeling.packed import PackedExperts
+from training.sections import LoraConfig
 
 E, H, I, K, V = 4, 64, 96, 2, 61  # noqa: E741
 """experts, hidden, intermediate, experts a token, vocabulary"""

@@ -11,9 +11,9 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from cluster.artifacts import write_manifest
-from training.config import LoraConfig, ModelConfig
 from training.merge.requantise import Effect
 from training.modeling.base import load_base, peft_config
+from training.sections import LoraConfig, ModelConfig
 
 DEMO = Path("training/demo/model")
 CPU = torch.device("cpu")

@@ -13,11 +13,11 @@ from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training.config import LoraConfig, ModelConfig
 from training.modeling.adapters import ParamWrapper, attach_adapters, load_adapters
 from training.modeling.base import load_base, peft_config
 from training.modeling.experts import EXPERTS
 from training.modeling.packed import presenting_logical_shapes
+from training.sections import LoraConfig, ModelConfig
 
 from .experts import Base, E, H, I, close, lora, ours, outcome, randomised, stock, tiny, tokens, trainable
 

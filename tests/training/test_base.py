@@ -18,10 +18,10 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.trainer_utils import validate_quantization_for_training
 
 from cluster.artifacts import INDEX, WEIGHTS, ArtifactError
-from training.config import LoraConfig, ModelConfig
 from training.modeling.base import DTYPES, load_base, peft_config
 from training.modeling.mxfp4 import BLOCK, dequantise, quantise
 from training.modeling.packed import PackedExperts
+from training.sections import LoraConfig, ModelConfig
 
 DEMO = Path("training/demo/model")
 CPU = torch.device("cpu")

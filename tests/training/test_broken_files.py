@@ -18,11 +18,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from training.config import ColumnsConfig
 from training.data import records
 from training.data.columns import parse_record
 from training.data.conversations import DataError, SourcedConversation, read_conversations, scan_conversations
 from training.data.places import Place
+from training.sections import ColumnsConfig
 
 USER = {"role": "user", "content": "Où?"}
 ANSWER = {"role": "assistant", "content": "Là.", "thinking": "Hm."}

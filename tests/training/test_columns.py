@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from cluster.harmony import Conversation, Message, ToolCall
 from tests.training.test_conversations import ANSWER, GOOD, USER
-from training.config import ColumnsConfig
 from training.data.conversations import DataError, read_conversations
+from training.sections import ColumnsConfig
 
 Read = Callable[..., Conversation]
 

@@ -10,10 +10,10 @@ import torch
 from peft import get_peft_model
 from transformers import GptOssConfig, GptOssForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
-from training.config import LoraConfig, ModelConfig
 from training.guards import PATIENCE, GradientWatch, StepFigures, StepGuard, TrainingStopped
 from training.modeling.adapters import attach_adapters
 from training.modeling.base import load_base, peft_config
+from training.sections import LoraConfig, ModelConfig
 
 
 class Adapter(torch.nn.Module):

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from cluster.harmony import Codec, Example, Label
-from training.config import DataConfig
 from training.data.collator import IGNORED, Collator
 from training.data.conversations import DataError, parts, read_part
 from training.data.documents import Counts, Document, read_documents, require_trained_tokens
 from training.data.packing import Row, pack
+from training.sections import DataConfig
 
 CODEC = Codec.from_folder("training/demo/model")
 RECORD = {

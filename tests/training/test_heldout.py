@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from cluster.config import load_files
-from training.config import DataConfig, TrainingConfig
+from training.config import TrainingConfig
 from training.data.heldout import with_languages
 from training.data.prepare import prepare, read_prepared
 from training.data.shards import read_shards
+from training.sections import DataConfig
 
 MODEL = Path("training/demo/model")
 CONVERSATIONS = Path("training/demo/data/train.jsonl")

@@ -11,8 +11,8 @@ from huggingface_hub.utils._paths import filter_repo_objects
 from transformers import GptOssForCausalLM
 
 from cluster.artifacts import ArtifactError
-from training.config import ModelConfig
 from training.modeling.base import load_base
+from training.sections import ModelConfig
 
 DEMO = Path("training/demo/model")
 

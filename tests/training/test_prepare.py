@@ -14,12 +14,12 @@ import pytest
 from cluster.harmony import Codec
 from cluster.local import LocalRay
 from tests.conftest import Finished, run_python
-from training.config import DataConfig
 from training.data import prepare as module
 from training.data.conversations import parts
 from training.data.documents import Counts
 from training.data.prepare import content_hash, packed_rows, prepare_part, read_prepared
 from training.data.shards import shard_files
+from training.sections import DataConfig
 
 TOKENIZER = "training/demo/model"
 DATA = Path("training/demo/data/train.jsonl")

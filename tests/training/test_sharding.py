@@ -29,13 +29,13 @@ from tests.training.sharding import (
     run,
     write_checkpoint,
 )
-from training.config import ModelConfig
 from training.modeling import loading
 from training.modeling.base import load_base
 from training.modeling.engine import build_model
 from training.modeling.loading import without_weights
 from training.modeling.packed import PackedExperts
 from training.modeling.sharding import as_shard, gathered_bytes, own_rows, shard_layers, sharding_mesh
+from training.sections import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from training.config import ColumnsConfig
 from training.data.conversations import (
     DataError,
     Part,
@@ -25,6 +24,7 @@ from training.data.conversations import (
     scan_conversations,
 )
 from training.data.places import Place
+from training.sections import ColumnsConfig
 
 
 def record(number: int) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from transformers import GptOssForCausalLM, Mxfp4Config
 
 from cluster.artifacts import ArtifactError
 from cluster.harmony import TRAINABLE, Codec, Conversation, Message
-from training.config import DataConfig
 from training.demo import phrasebook
+from training.sections import DataConfig
 from training.verify.difference import compare as compare_weights
 from training.verify.logits import Comparison, Summary, compare, nudged
 from training.verify.rows import POSITIONS, SHIPPED, TOKENS, Row, data_rows, prompt_rows

@@ -16,11 +16,11 @@ from tokenizers import Tokenizer
 
 from cluster.artifacts import MANIFEST, WEIGHTS, Manifest, sha256, write_manifest
 from cluster.verdict import Verdict
-from training.config import LoraConfig, ModelConfig
 from training.demo.checkpoint import demo_config, new_model, save_checkpoint
 from training.merge import merge
 from training.modeling.base import load_base, peft_config
 from training.modeling.mxfp4 import dequantise
+from training.sections import LoraConfig, ModelConfig
 from training.verify.commands import main
 
 TOKENIZER = Path("training/demo/model/tokenizer.json")

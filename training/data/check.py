@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from cluster.harmony import CONTROL_TOKENS, Codec
 from cluster.languages import UNDETERMINED
-from training.config import ColumnsConfig
 from training.data import findings
 from training.data.conversations import SourcedConversation, parts, scan_parts
 from training.data.duplicates import Duplicate, DuplicateIndex
@@ -22,6 +21,7 @@ from training.data.inspection import Rules, excerpt, inspect
 from training.data.places import DataError, Place
 from training.data.samples import Sample, lay_out, thinking_overhead
 from training.data.sources import WHOLE_FILES
+from training.sections import ColumnsConfig
 
 BATCH = 64
 """conversations rendered at once"""

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from cluster.harmony import Conversation, Effort, FunctionTool, Message, ResponseFormat
-from training.config import ColumnsConfig
 from training.data.places import DataError, Place
 from training.data.turns import check_text, json_text, parse_turns, without_nulls
+from training.sections import ColumnsConfig
 
 TURNS = ("messages", "conversations")
 QUESTION = ("question", "prompt", "problem", "instruction", "input")

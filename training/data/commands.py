@@ -14,10 +14,10 @@ from rich.text import Text
 
 from cluster.artifacts import publish_file
 from cluster.harmony import CHANNEL_LABELS, Codec
-from training.config import ColumnsConfig, DataConfig
 from training.data.conversations import DataError
 from training.data.flags import DEMO_TOKENIZER, Action, make_parser
 from training.data.places import absolute
+from training.sections import ColumnsConfig, DataConfig
 
 KEPT_FINDINGS = 1000
 """findings of each kind that are kept unless all are asked for"""

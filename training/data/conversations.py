@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from cluster.harmony import Conversation
-from training.config import ColumnsConfig
 from training.data.columns import parse_record
 from training.data.places import DataError, Place
 from training.data.records import read_records
 from training.data.sources import Part, parts
+from training.sections import ColumnsConfig
 
 __all__ = [
     "DataError",

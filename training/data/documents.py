@@ -12,8 +12,8 @@ import numpy as np
 
 from cluster.harmony import CHANNEL_LABELS, TRAINABLE, Codec, Conversation, Label
 from cluster.languages import declared_language
-from training.config import DataConfig
 from training.data.conversations import DataError, Place, SourcedConversation
+from training.sections import DataConfig
 
 LANGUAGE = "language:"
 """goes before a tag of the catalogue in the names of `Counts`"""

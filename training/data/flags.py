@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.harmony import CHANNELS
-from training.config import ColumnsConfig, DataConfig
 from training.data.samples import language_tag
+from training.sections import ColumnsConfig, DataConfig
 
 DEMO_TOKENIZER = Path(__file__).parents[1] / "demo" / "model"
 SEQUENCE_LENGTH: int = DataConfig.model_fields["sequence_length"].default

@@ -21,13 +21,13 @@ import numpy as np
 from tqdm import tqdm
 
 from cluster.languages import CATALOGUE
-from training.config import ColumnsConfig
 from training.data.columns import parse_record
 from training.data.names import is_hub_id, kind_of
 from training.data.places import DataError, Place, open_file
 from training.data.records import Record, lines, parse_line, read_records
 from training.data.samples import language_tag, tell_language
 from training.data.sources import WHOLE_FILES, Part, parts
+from training.sections import ColumnsConfig
 
 OPEN_FILES = 64
 SEEK_BYTES = 1 << 14

@@ -22,13 +22,13 @@ from pydantic import BaseModel, ConfigDict
 from cluster.artifacts import publish_file
 from cluster.harmony import Codec
 from cluster.storage import without_secrets
-from training.config import DataConfig
 from training.data.conversations import DataError, Part, parts, read_part
 from training.data.documents import Counts, read_documents, require_documents
 from training.data.names import is_hub_id
 from training.data.packing import Row, pack
 from training.data.places import first_line, open_filesystem
 from training.data.shards import write_shard
+from training.sections import DataConfig
 
 FORMAT = 2
 """of the shards; a change makes all that were made before useless"""

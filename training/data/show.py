@@ -12,10 +12,10 @@ from rich.text import Text
 
 from cluster.harmony import START, Codec, Example, Label
 from cluster.harmony.bytelevel import spelled_bytes
-from training.config import ColumnsConfig
 from training.data.conversations import SourcedConversation, scan_conversations
 from training.data.places import DataError
 from training.data.terminal import counted, isolated, printable
+from training.sections import ColumnsConfig
 
 STYLES = {
     Label.SYSTEM: "bright_black",

@@ -16,11 +16,11 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from transformers import PreTrainedModel
 
-from training.config import LoraConfig
 from training.modeling.base import peft_config
 from training.modeling.expert_parallel import own
 from training.modeling.experts import EXPERTS, ExpertFactors
 from training.modeling.packed import presenting_logical_shapes
+from training.sections import LoraConfig
 
 ADAPTER = "default"
 """name of the adapter in PEFT"""

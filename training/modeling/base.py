@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GptOssForCausalLM, Mx
 
 from cluster.artifacts import check_checkpoint
 from cluster.model import ATTENTION_LINEARS, EXPERT_PARAMETERS
-from training.config import LoraConfig, ModelConfig
 from training.modeling.attention import implementation
 from training.modeling.expert_parallel import ExpertShare
 from training.modeling.experts import EXPERTS
 from training.modeling.loading import load_dense, load_packed
+from training.sections import LoraConfig, ModelConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

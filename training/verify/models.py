@@ -21,9 +21,9 @@ from transformers import GptOssForCausalLM
 
 from cluster.artifacts import ADAPTER_WEIGHTS, ArtifactError, some_of
 from cluster.model import ModelShape
-from training.config import ModelConfig
 from training.modeling.adapters import load_adapters
 from training.modeling.base import load_base
+from training.sections import ModelConfig
 from training.verify.subject import ADAPTER, Subject
 
 Precision = Literal["bf16", "fp32"]

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from cluster.artifacts import ArtifactError
 from cluster.harmony import CHANNEL_LABELS, Codec, Conversation, Label
 from cluster.languages import UNDETERMINED, declared_language, resolve
-from training.config import DataConfig
 from training.data.conversations import DataError, read_conversations
+from training.sections import DataConfig
 
 SHIPPED = Path(__file__).with_name("prompts.jsonl")
 TOKENS = 512

@@ -18,7 +18,7 @@ from cluster.harmony import Codec
 from cluster.languages import CATALOGUE
 from cluster.storage import Storage
 from cluster.verdict import VERDICT, Check, Verdict
-from training.config import DataConfig
+from training.sections import DataConfig
 from training.verify.configuration import check_configuration
 from training.verify.files import check_hashes
 from training.verify.logits import Comparison, Summary, Teacher, examine, teach
