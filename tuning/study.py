@@ -7,13 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tuning.asking import BudgetedStudy
 from tuning.config import TuningConfig
 from tuning.journal import Journal, Trial, point_fields
 from tuning.searchers import Known, searcher
 from tuning.space import Point, Space
-
-HOPELESS = 3
-"""trials that fail before any is measured, after which the search ends"""
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Choice:
     why: str
 
 
-class Study:
+class Study(BudgetedStudy[Point, Trial]):
     """The search on one GPU type, which asks and is told.
 
     Args:
@@ -37,6 +35,9 @@ class Study:
         slots: trials that may run at once.
     """
 
+    failures = frozenset({"failed", "died", "hung"})
+    exhausted = "no point is left that could be faster"
+
     def __init__(
         self,
         name: str,
@@ -47,28 +48,10 @@ class Study:
         baselines: Sequence[Point] = (),
         slots: int = 1,
     ) -> None:
-        self.name, self.space, self.expected, self.settings, self.journal = name, space, expected, settings, journal
+        super().__init__(name, settings, journal, slots)
+        self.space, self.expected = space, expected
         self.baselines = [point for point in baselines if point in expected]
-        self.slots = slots
-        self.running: set[Point] = set()
         self._search = searcher(settings.searcher, settings.seed)
-
-    def ask(self) -> Point | None:
-        """The next point to measure, which counts as running from now on; None where none may begin now."""
-        if self.over is not None or len(self.running) >= self.slots:
-            return None
-        if len(self.journal.trials) + len(self.running) >= self.settings.trials:
-            return None
-        point = self._next()
-        if point is not None:
-            self.running.add(point)
-        return point
-
-    def tell(self, trial: Trial) -> None:
-        """Take in what became of a point that runs; once nothing more is to be measured the journal is finished."""
-        self.running.discard(trial.where)
-        self.journal.add(trial)
-        self._close()
 
     def record(self, point: Point, text: str, seconds: float) -> Trial:
         """What a trial reported of itself; `seconds` where it says no time."""
@@ -77,20 +60,6 @@ class Study:
     def failure(self, point: Point, outcome: str, reason: str, seconds: float) -> Trial:
         """The record of a trial that reported nothing."""
         return self._informed(new_trial(point, outcome=outcome, reason=reason), seconds)
-
-    def give_back(self, point: Point) -> None:
-        """The point was not measured after all, as the search is interrupted."""
-        self.running.discard(point)
-
-    def begin(self) -> None:
-        """See whether anything is left to do, which a larger budget than the journal's may say of a finished search."""
-        before, self.journal.finished = self.journal.finished, None
-        self._close(before)
-
-    @property
-    def over(self) -> str | None:
-        """Why the study is finished; None while it is not."""
-        return self.journal.finished
 
     @property
     def known(self) -> Known:
@@ -128,27 +97,6 @@ class Study:
             if known.free(point):
                 return point
         return self._search(known)
-
-    def _close(self, before: str | None = None) -> None:
-        """Finish the journal where nothing more is to be measured; `before` is what it says of it already."""
-        why = None if self.running or self.over is not None else self._why_over()
-        if why is not None and why == before:
-            self.journal.finished = before
-        elif why is not None:
-            self.journal.finish(why)
-
-    def _why_over(self) -> str | None:
-        trials = self.journal.trials
-        failed = [trial for trial in trials if trial.outcome in ("failed", "died", "hung")]
-        if len(trials) >= HOPELESS and len(failed) == len(trials):
-            return f"the first {len(trials)} trials failed, the last one because {trials[-1].reason}"
-        if len(trials) >= self.settings.trials:
-            return f"{len(trials)} trials, as many as tuning.trials allows"
-        if sum(trial.seconds for trial in trials) / self.slots >= self.settings.minutes * 60:
-            return f"{self.settings.minutes:g} minutes, as long as tuning.minutes allows"
-        if self._next() is None:
-            return "no point is left that could be faster"
-        return None
 
 
 def choose(measured: Sequence[Trial], tie: float) -> Choice | None:

@@ -9,10 +9,11 @@ import pytest
 
 from tests.tuning.landscape import landscape
 from tests.tuning.test_space import point
+from tuning.asking import HOPELESS
 from tuning.config import SpaceConfig, TuningConfig
 from tuning.journal import Journal, Trial
 from tuning.space import Point
-from tuning.study import HOPELESS, Study, choose, new_trial
+from tuning.study import Study, choose, new_trial
 
 IDENTITY = {"gpu_type": "H100", "steps": (1, 2)}
 

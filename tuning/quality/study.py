@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from tuning.asking import BudgetedStudy
 from tuning.config import TuningConfig
 from tuning.journal import Journal
 from tuning.quality.candidates import Candidate, Curve, new_curve
-from tuning.study import HOPELESS
 
 
-class QualityStudy:
-    """The search on one GPU type, which asks and is told, as `tuning.studies` wants it.
+class QualityStudy(BudgetedStudy[Candidate, Curve]):
+    """The search on one GPU type.
 
     The run's own settings come first and are trained to their end, and so are their repeats with other seeds, which
     come last and say what noise is.
@@ -28,6 +28,9 @@ class QualityStudy:
         slots: candidates that may be trained at once.
     """
 
+    failures = frozenset({"failed", "died", "hung", "out_of_memory"})
+    exhausted = "all candidates were tried"
+
     def __init__(
         self,
         name: str,
@@ -37,19 +40,10 @@ class QualityStudy:
         journal: Journal[Curve],
         slots: int = 1,
     ) -> None:
-        self.name, self.settings, self.journal, self.slots, self.own = name, settings, journal, slots, own
+        super().__init__(name, settings, journal, slots)
+        self.own = own
         repeats = [replace(own, seed=own.seed + 1 + number) for number in range(settings.quality.repeats)]
         self.order = [*candidates, *repeats]
-        self.running: set[Candidate] = set()
-
-    def ask(self) -> Candidate | None:
-        """The next candidate, which counts as running from now on; None where none may begin now."""
-        if self.over is not None or len(self.running) >= self.slots:
-            return None
-        found = self._next()
-        if found is not None:
-            self.running.add(found)
-        return found
 
     def record(self, point: Candidate, text: str, seconds: float) -> Curve:
         """What a candidate's trial reported of itself."""
@@ -59,26 +53,6 @@ class QualityStudy:
     def failure(self, point: Candidate, outcome: str, reason: str, seconds: float) -> Curve:
         """The record of a trial that reported nothing."""
         return new_curve(point, outcome=outcome, reason=reason, seconds=seconds)
-
-    def tell(self, trial: Curve) -> None:
-        """Take in what became of a candidate; once nothing more is to be trained the journal is finished."""
-        self.running.discard(trial.where)
-        self.journal.add(trial)
-        self._close()
-
-    def give_back(self, point: Candidate) -> None:
-        """The candidate was not trained after all."""
-        self.running.discard(point)
-
-    def begin(self) -> None:
-        """See whether anything is left to do, which a larger budget than the journal's may say of a finished search."""
-        before, self.journal.finished = self.journal.finished, None
-        self._close(before)
-
-    @property
-    def over(self) -> str | None:
-        """Why the study is finished; None while it is not."""
-        return self.journal.finished
 
     def whole(self, candidate: Candidate) -> bool:
         """Whether a candidate is trained to its end, however it does."""
@@ -116,28 +90,8 @@ class QualityStudy:
 
     def _next(self) -> Candidate | None:
         trials = self.journal.trials
-        if len(trials) + len(self.running) >= self.settings.trials:
-            return None
         lost = Counter(curve.where for curve in trials if curve.outcome == "died")
         done = {curve.where for curve in trials if curve.outcome != "died"}
         done |= {candidate for candidate, times in lost.items() if times > self.settings.retries}
         waiting = (candidate for candidate in self.order if candidate not in done and candidate not in self.running)
         return next(waiting, None)
-
-    def _close(self, before: str | None = None) -> None:
-        why = None if self.running or self.over is not None else self._why_over()
-        if why is not None and why == before:
-            self.journal.finished = before
-        elif why is not None:
-            self.journal.finish(why)
-
-    def _why_over(self) -> str | None:
-        trials = self.journal.trials
-        failed = [curve for curve in trials if curve.outcome in ("failed", "died", "hung", "out_of_memory")]
-        if len(trials) >= HOPELESS and len(failed) == len(trials):
-            return f"the first {len(trials)} trials failed, the last one because {trials[-1].reason}"
-        if len(trials) >= self.settings.trials:
-            return f"{len(trials)} trials, as many as tuning.trials allows"
-        if sum(curve.seconds for curve in trials) / self.slots >= self.settings.minutes * 60:
-            return f"{self.settings.minutes:g} minutes, as long as tuning.minutes allows"
-        return "all candidates were tried" if self._next() is None else None
