@@ -25,7 +25,7 @@ from training.arguments import row_multiple, trainer_arguments
 from training.checkpoints.snapshot import Snapshot
 from training.config import TrainingConfig
 from training.data.collator import Collator
-from training.data.heldout import with_languages
+from training.data.heldout import HeldOut, with_languages
 from training.data.prepare import Prepared
 from training.data.shards import read_shards
 from training.durable import DurableTrainer
@@ -106,7 +106,8 @@ def _set_up(
     mesh = sharding_mesh(device, strategy.shards) if strategy.shards > 1 else None
     share = ExpertShare.of_all_workers() if strategy.expert_workers > 1 else None
     model = together(lambda: build_model(sized, device, strategy.checkpointing, mesh, share))
-    train, evaluation = together(lambda: [_rows(raw[name], scratch) for name in ("train", "evaluation")])
+    train = together(lambda: read_shards(raw["train"], scratch))
+    evaluation = together(lambda: _held_out(raw["evaluation"], scratch, base))
     snapshot = keeper.find(base, raw["train"].partition("?")[0].rpartition("/")[2])
     prepared = Prepared.model_validate(raw["prepared"])
     meter = Meter(device, flops_per_token(config, shape, prepared.counts), peak_flops(device, workers))
@@ -124,7 +125,7 @@ def make_trainer(
     base: Path,
     model: PeftModel,
     train: Dataset,
-    evaluation: Dataset | None,
+    evaluation: HeldOut | None,
     keeper: Keeper,
     meter: Meter,
     scratch: Path,
@@ -145,7 +146,6 @@ def make_trainer(
         callbacks: beside those of the trainer itself.
         shares: micro-batches of each worker in a step; None for all alike.
     """
-    evaluation, languages = with_languages(evaluation, base) if evaluation is not None else (None, ())
     arguments = trainer_arguments(config, scratch, evaluate=evaluation is not None)
     if shares is not None:
         arguments.gradient_accumulation_steps = shares[arguments.process_index]
@@ -154,7 +154,7 @@ def make_trainer(
         args=arguments,
         data_collator=Collator(config.data.loss_weights, multiple=row_multiple(config)),
         train_dataset=train,
-        eval_dataset=evaluation,
+        eval_dataset=evaluation.rows if evaluation else None,
         processing_class=AutoTokenizer.from_pretrained(base, trust_remote_code=False),
         chunk_tokens=config.loss.chunk_tokens,
         router_balance=config.loss.router_balance,
@@ -162,7 +162,7 @@ def make_trainer(
         global_batch_size=config.global_batch_size,
         group_lengths=not config.data.packing,
         full_batches=config.compiled,
-        languages=languages,
+        languages=evaluation.languages if evaluation else (),
         shares=shares,
         keeper=keeper,
         meter=meter,
@@ -173,8 +173,8 @@ def make_trainer(
     return trainer
 
 
-def _rows(place: str | None, scratch: Path) -> Dataset | None:
-    return None if place is None else read_shards(place, scratch)
+def _held_out(place: str | None, scratch: Path, base: Path) -> HeldOut | None:
+    return None if place is None else with_languages(read_shards(place, scratch), base)
 
 
 def _shape(base: Path) -> ModelShape:

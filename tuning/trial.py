@@ -28,6 +28,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from cluster.model import ModelShape
 from training.config import TrainingConfig
+from training.data.heldout import with_languages
 from training.data.prepare import Prepared
 from training.data.shards import read_shards
 from training.durable import DurableTrainer
@@ -193,8 +194,9 @@ def _set_up(config: TrainingConfig, order: dict[str, Any], say: Say) -> Iterator
         say({"event": "begun", "device": _name(device)})
 
         def make(train: Dataset, heldout: Dataset | None, callback: TrainerCallback) -> DurableTrainer:
+            evaluation = None if heldout is None else with_languages(heldout, base)
             return make_trainer(
-                config, base, model, train, heldout, Keeper(config, scratch), meter, scratch, [callback]
+                config, base, model, train, evaluation, Keeper(config, scratch), meter, scratch, [callback]
             )
 
         yield scratch, make, meter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -17,7 +17,14 @@ INSTRUCTED = (Label.SYSTEM, Label.DEVELOPER)
 SPECIAL = re.compile(r"<\|[a-z]+\|>")
 
 
-def with_languages(rows: Dataset, base: Path) -> tuple[Dataset, tuple[str, ...]]:
+class HeldOut(NamedTuple):
+    """Held-out rows, and the tags that their column `languages` gives the places of."""
+
+    rows: Dataset
+    languages: tuple[str, ...]
+
+
+def with_languages(rows: Dataset, base: Path) -> HeldOut:
     """Held-out rows with a column `languages`, for each document of a row the place of its language among those that
     are returned beside them: tags, sorted, with `und` for documents that ask for none.
 
@@ -31,8 +38,8 @@ def with_languages(rows: Dataset, base: Path) -> tuple[Dataset, tuple[str, ...]]
     tags = [[_language(codec, *document) for document in _documents(row)] for row in rows]
     names = tuple(sorted({tag for row in tags for tag in row}))
     if names in ((), (UNDETERMINED,)):
-        return rows, ()
-    return rows.add_column("languages", [[names.index(tag) for tag in row] for row in tags]), names
+        return HeldOut(rows, ())
+    return HeldOut(rows.add_column("languages", [[names.index(tag) for tag in row] for row in tags]), names)
 
 
 def _documents(row: Mapping[str, Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
