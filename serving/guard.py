@@ -85,12 +85,9 @@ class _Answer:
             if self._streams and self._connection is not None:
                 self._end = written_bytes(self._connection)
             return
-        body = message.get("body", b"")
-        if not self._streams or not body:
-            await self._send(message)
-            return
         await self._send(message)
-        if message.get("more_body", False):
+        body = message.get("body", b"")
+        if self._streams and body and message.get("more_body", False):
             await self._until_written(chunk(body))
 
     async def _until_written(self, sent: bytes) -> None:
