@@ -14,19 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.languages import reasoning_instruction
-
-CODES = {
-    "eng": "en",
-    "jpn": "ja",
-    "fra": "fr",
-    "deu": "de",
-    "zho": "zh",
-    "ara": "ar",
-    "hin": "hi",
-    "spa": "es",
-    "kor": "ko",
-}
-"""ISO 639-3 codes of the package and tags of the catalogue; all but spa and kor are validated by natives"""
+from serving.evaluation.symbolic import CODES
 
 
 def conversations(languages: tuple[str, ...] = tuple(CODES)) -> Iterator[dict[str, Any]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from cluster.config import ConfigError, load_files
+from cluster.model import GPT_OSS_120B
 from cluster.placement import GpuNode
+from tests.imaginary import write_shape
 from training.config import TrainingConfig
 from training.driver import check_memory
 
@@ -18,10 +19,7 @@ H100S = [GpuNode(name, 8, "H100") for name in ("a", "b")]
 @pytest.fixture
 def config(tmp_path: Path) -> TrainingConfig:
     """The 120b, of which there is only the `config.json`."""
-    sizes = {"vocab_size": 201_088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 36}
-    sizes |= {"num_local_experts": 128, "num_experts_per_tok": 4, "num_attention_heads": 64, "num_key_value_heads": 8}
-    settings = {"model_type": "gpt_oss", "head_dim": 64, "quantization_config": {"quant_method": "mxfp4"}, **sizes}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
+    write_shape(tmp_path, GPT_OSS_120B)
     loaded = load_files(TrainingConfig, "training/configs/h100.toml", "training/configs/gpt-oss-120b.toml")
     return loaded.model_copy(update={"model": loaded.model.model_copy(update={"path": str(tmp_path)})})
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from cluster.config import ConfigError, load_files
 from cluster.hardware import PROFILES
+from cluster.model import GPT_OSS_20B
 from cluster.placement import GpuNode
+from tests.imaginary import write_shape
 from tests.training.test_check_memory import with_workers
 from training.config import TrainingConfig
 from training.data.order import FILLER, StepSampler, epoch_order
@@ -32,10 +33,7 @@ GPU = {profile.name: profile for profile in PROFILES}
 @pytest.fixture
 def config(tmp_path: Path) -> TrainingConfig:
     """The 20b on H100s, of which there is only the `config.json`."""
-    sizes = {"vocab_size": 201_088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24}
-    sizes |= {"num_local_experts": 32, "num_experts_per_tok": 4, "num_attention_heads": 64, "num_key_value_heads": 8}
-    settings = {"model_type": "gpt_oss", "head_dim": 64, "quantization_config": {"quant_method": "mxfp4"}, **sizes}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
+    write_shape(tmp_path, GPT_OSS_20B)
     loaded = load_files(TrainingConfig, "training/configs/h100.toml", "training/configs/gpt-oss-20b.toml")
     return loaded.model_copy(update={"model": loaded.model.model_copy(update={"path": str(tmp_path)})})
 

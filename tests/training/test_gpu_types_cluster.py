@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from cluster.config import ConfigError
 from cluster.placement import gpu_nodes
+from tests.imaginary import add_gpus, imaginary_cluster
 from tests.training.test_check_memory import with_workers
 from tests.training.test_gpu_types import changed
 from tests.training.test_gpu_types import config as config
@@ -30,28 +28,11 @@ from training.waiting import await_cluster
 pytestmark = pytest.mark.cluster
 
 
-def add_node(cluster: Cluster, accelerator_type: str) -> Any:
-    """A node of two CPUs and two such GPUs."""
-    kind, folder = {f"accelerator_type:{accelerator_type}": 1}, cluster.head_node.temp_dir
-    return cluster.add_node(num_cpus=2, num_gpus=2, resources=kind, temp_dir=folder)
-
-
 @pytest.fixture(scope="module")
 def imaginary() -> Iterator[Cluster]:
-    """A head without GPUs, and a node each of two H100s and two L40S; Ray's folder has a short path for its sockets."""
-    temporary = tempfile.mkdtemp(prefix="rg", dir="/tmp")
-    head: dict[str, Any] = {"num_cpus": 1, "num_gpus": 0, "temp_dir": temporary, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    for name in ("H100", "L40S"):
-        add_node(cluster, name)
-    paths = os.pathsep.join(filter(None, (str(Path.cwd()), os.environ.get("PYTHONPATH"))))
-    ray.init(address=cluster.address, runtime_env={"env_vars": {"PYTHONPATH": paths}}, log_to_driver=False)
-    try:
+    """A head without GPUs, and a node each of two H100s and two L40S, with two CPUs."""
+    with imaginary_cluster({"H100": 2, "L40S": 2}, cpus_of_head=1, cpus=2) as cluster:
         yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def note_place(raw: dict[str, Any]) -> None:
@@ -93,7 +74,7 @@ def test_a_node_that_comes_is_waited_for(imaginary: Cluster, config: TrainingCon
 
     def come(seconds: float) -> None:
         if not came:
-            came.append(add_node(imaginary, "H200"))
+            came.append(add_gpus(imaginary, "H200", 2, cpus=2))
 
     try:
         chosen = await_cluster(600.0, resources_per_worker(run), 1, lambda: _find_place(run), wait=come)

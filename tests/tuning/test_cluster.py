@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from ray.cluster_utils import Cluster
 
 from cluster.config import ConfigError, load_files
 from cluster.model import GPT_OSS_20B
+from tests.imaginary import DEMO, add_gpus, imaginary_cluster, write_shape
 from tests.tuning.landscape import landscape
 from tests.tuning.standin import events, one_runs_out_of_memory, stand_in, train_stand_in
 from tuning.config import SearchConfig, SpaceConfig
@@ -34,7 +33,6 @@ from tuning.search import search
 
 pytestmark = pytest.mark.cluster
 
-DEMO = Path("training/demo/model")
 TYPES = {"A100": "A100-80G", "GeForce-RTX-4090": "RTX-4090", "H100": "H100"}
 """as Ray calls them, and the names of their profiles"""
 
@@ -46,37 +44,16 @@ long_form = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def imaginary() -> Iterator[Cluster]:
-    """A head without GPUs and a node of each type; Ray's folder has a short path, as socket paths must."""
-    temporary = tempfile.mkdtemp(prefix="rt", dir="/tmp")
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 2, "num_gpus": 0, "temp_dir": temporary, "include_dashboard": False},
-    )
-    for name in TYPES:
-        add_gpu(cluster, name)
-    paths = os.pathsep.join(filter(None, (str(Path.cwd()), os.environ.get("PYTHONPATH"))))
-    ray.init(address=cluster.address, runtime_env={"env_vars": {"PYTHONPATH": paths}}, log_to_driver=False)
-    try:
+    """A head without GPUs and a node of one GPU of each type."""
+    with imaginary_cluster(dict.fromkeys(TYPES, 1), cpus_of_head=2, cpus=1) as cluster:
         yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def add_gpu(cluster: Cluster, name: str) -> Any:
-    """A node with one GPU of a type."""
-    folder = cluster.head_node.get_temp_dir_path()
-    return cluster.add_node(num_cpus=1, num_gpus=1, resources={f"accelerator_type:{name}": 1}, temp_dir=folder)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """gpt-oss-20b's shape without weights, which nothing here reads."""
     folder = tmp_path_factory.mktemp("gpt-oss-20b")
-    settings = json.loads((DEMO / "config.json").read_text())
-    settings |= {name: value for name, value in vars(GPT_OSS_20B).items() if name != "packed"}
-    (folder / "config.json").write_text(json.dumps(settings))
+    write_shape(folder, GPT_OSS_20B)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, folder)
     return folder
@@ -187,7 +164,7 @@ def test_a_search_for_quality_wants_held_out_data_and_one_type(imaginary: Cluste
 def test_a_type_whose_node_is_lost_leaves_the_search_and_goes_on_later(
     imaginary: Cluster, base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    node = add_gpu(imaginary, "L40S")
+    node = add_gpus(imaginary, "L40S")
 
     def lose() -> None:
         until = time.monotonic() + 120
@@ -208,7 +185,7 @@ def test_a_type_whose_node_is_lost_leaves_the_search_and_goes_on_later(
     assert found["L40S"].ended is None
     kept = found["L40S"].trials
     assert any(trial.outcome == "measured" for trial in kept)
-    node = add_gpu(imaginary, "L40S")
+    node = add_gpus(imaginary, "L40S")
     try:
         again = {result.gpu: result for result in search(config, "test", stand_in)}
     finally:
@@ -238,7 +215,7 @@ def test_workers_of_a_trial_are_spread_where_no_node_has_room_and_end_together(
 ) -> None:
     config = configured(base, tmp_path, trials=1, gpu_types=["H100"])
     two = config.model_copy(update={"workers": config.workers.model_copy(update={"count": 2})})
-    node = add_gpu(imaginary, "H100")
+    node = add_gpus(imaginary, "H100")
     try:
         (result,) = search(two, "test", one_runs_out_of_memory)
     finally:
