@@ -14,6 +14,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def duration(seconds: float) -> str:
+    """Like `2 h 5 min`, `5 min 20 s` or `20 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def positive(word: str) -> int:
     """A whole number of 1 or more, for argparse."""
     if not word.isascii() or not word.isdigit() or len(word) > 12 or int(word) < 1:

@@ -15,6 +15,7 @@ from pathlib import Path
 from cluster.config import ConfigError, ConfigParser
 from cluster.local import OBJECT_STORE_BYTES
 from cluster.storage import Storage, StorageError, is_uri
+from cluster.tables import duration
 from serving.batch import inputs, outputs
 from serving.batch.inputs import Part
 from serving.batch.job import Job, PartDone, run
@@ -196,7 +197,7 @@ class Progress:
         left = (self.total - self.rows) / rate
         return (
             f"{self.rows:,}/{self.total:,} rows, {rate:,.1f} rows/s, {self.tokens / self._seconds:,.0f} tokens/s, "
-            f"{sum(self.errors.values()):,} errors, {_duration(left)} left"
+            f"{sum(self.errors.values()):,} errors, {duration(left)} left"
         )
 
     def close(self) -> None:
@@ -206,7 +207,7 @@ class Progress:
 
     def summarise(self) -> None:
         """What came of the rows of this run."""
-        print(f"{self.rows:,} rows and {self.tokens:,} tokens in {_duration(self._seconds)}")
+        print(f"{self.rows:,} rows and {self.tokens:,} tokens in {duration(self._seconds)}")
         for what, found in (("outcomes", self.outcomes), ("errors", self.errors)):
             if found:
                 print(f"{what}: {', '.join(f'{count:,} {name}' for name, count in found.most_common())}")
@@ -214,12 +215,6 @@ class Progress:
     @property
     def _seconds(self) -> float:
         return max(time.monotonic() - (self._began or time.monotonic()), 1e-3)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _place(location: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from cluster.languages import reasoning_instruction
+from cluster.tables import duration
 from serving.client.connection import error_message
 from serving.evaluation.answers import Answer, Asking, Journal, Sampling
 from serving.evaluation.targets import Target
@@ -265,14 +266,8 @@ def progress_line(name: str, found: Run, left: int, seconds: float) -> str:
     failed, done = sum(found.failures.values()), found.answered - found.answered_before
     rate = done / max(seconds, 1e-9)
     remaining = max(left - done - failed, 0)
-    eta = f"{_duration(remaining / rate)} left" if rate else "time left unknown"
+    eta = f"{duration(remaining / rate)} left" if rate else "time left unknown"
     return (
         f"{name}: {found.answered:,}/{found.wanted:,} answers, {rate:,.1f} answers/s, "
         f"{found.tokens / max(seconds, 1e-9):,.0f} tokens/s, {failed:,} failed, {eta}"
     )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
