@@ -25,6 +25,7 @@ from ray.serve.config import HTTPOptions
 import cluster
 import serving
 from cluster.config import ConfigError
+from cluster.joining import join
 from serving.app import build
 from serving.config import EndpointConfig, ReplicasConfig, ServingConfig
 from serving.haproxy import choose_proxy, environment, private_folder, running_proxy
@@ -169,12 +170,9 @@ def join_cluster(**options: Any) -> None:
     """Joins the cluster of RAY_ADDRESS; `options` are more of `ray.init`'s.
 
     Raises:
-        ConfigError: no cluster answers there.
+        ConfigError: as `cluster.joining.join`.
     """
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
-    except ConnectionError as error:
-        raise ConfigError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray cluster answers there") from error
+    join(os.environ["RAY_ADDRESS"], "RAY_ADDRESS", log_to_driver=False, logging_level=logging.WARNING, **options)
 
 
 def _run(config: ServingConfig) -> int:
