@@ -28,9 +28,9 @@ prometheus: .venv/installed | chromium
 		&& { timeout 120 apt-get update; timeout 600 apt-get download prometheus && dpkg -x prometheus_*.deb debian \
 		&& mv debian/usr/bin/prom* bin; rm -rf debian prometheus_*.deb; } >/dev/null 2>&1; } || true
 
-# The long form of the fault tests: twenty killed workers in one run, figures kept in tests/benchmarks/results.
+# The long form: twenty killed workers in one run, figures kept in tests/benchmarks/results, and whatever takes minutes.
 test-faults: .venv/installed
-	RAYSONER_FAULTS=long $(BIN)/python -m pytest -q -m fault
+	RAYSONER_FAULTS=long $(BIN)/python -m pytest -q -m "fault or long"
 
 # Several hosts on this machine, lost in every way: needs root, and is skipped where namespaces are not allowed.
 test-hosts: .venv/installed hosts-packages redis

@@ -24,5 +24,12 @@ def run_verb(arguments: list[str], verbs: Mapping[str, Verb], usage: str, mendab
     try:
         return verbs[arguments[0]](arguments[1:])
     except mendable as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_error(str(error))
         return 2
+
+
+def tell_error(text: str) -> None:
+    """Print `error: TEXT` as the last line: Ray is left first, which prints what workers still have to say."""
+    if (ray := sys.modules.get("ray")) and ray.is_initialized():
+        ray.shutdown()
+    print(f"error: {text}", file=sys.stderr, flush=True)

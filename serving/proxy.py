@@ -26,8 +26,14 @@ CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.proxy.middlewa
 COLLECTION_THRESHOLD = 20_000
 """containers that proxies and replicas make before Python looks for cycles among them; its own 700 are made by a few
 dozen events of streams, none of which leaves a cycle"""
-ENVIRONMENT = {**CALLBACK, "RAY_SERVE_PROXY_GC_THRESHOLD": str(COLLECTION_THRESHOLD)}
-"""what proxies are started with"""
+READY_SECONDS = 60
+"""that a proxy may take to begin: on a busy machine it is ended, and begun anew, within Serve's own five"""
+ENVIRONMENT = {
+    **CALLBACK,
+    "RAY_SERVE_PROXY_GC_THRESHOLD": str(COLLECTION_THRESHOLD),
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(READY_SECONDS),
+}
+"""what Serve is started with"""
 STARTING = 32
 """POST requests of a proxy that are begun at a time"""
 STARTING_SECONDS = 0.02

@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from cluster.local import LocalRay, local_ray
+from serving.proxy import READY_SECONDS
 
 DEMO = "training/configs/demo.toml"
 LONGEST = (
@@ -35,6 +36,8 @@ LONGEST = (
     "training/test_finder.py",
 )
 """files that take a minute or more, the longest first; of the first three only one waits for the run `whole`"""
+LONG = os.environ.get("RAYSONER_FAULTS") == "long"
+"""the long form of the suite, `make test-faults`"""
 SECONDS = 600
 """a command takes a small part of it, unless the machine is busy with other things"""
 
@@ -59,6 +62,18 @@ class Finished:
 
     code: int
     output: str
+
+    @property
+    def error(self) -> str:
+        """The line that says what went wrong; what processes print meanwhile may come behind it."""
+        return last_error(self.output)
+
+
+def last_error(output: str) -> str:
+    """The last line that begins with `error: `."""
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert errors, output[-4000:]
+    return errors[-1]
 
 
 def run_python(ray: LocalRay | None, *words: object, seconds: int = SECONDS) -> Finished:
@@ -98,9 +113,11 @@ def one_thread() -> Iterator[None]:
 def pytest_configure() -> None:
     """A suite started in a shell's background ignores SIGINT, and commands that tests interrupt would inherit that.
     Processes of pytest-xdist share the cores: threads that wait for each other would wait for another process's too. A
-    Ray of a test's own starts no processes beforehand, which no driver with an environment can use."""
+    Ray of a test's own starts no processes beforehand, which no driver with an environment can use, and gives Serve's
+    proxies the time that `serving deploy` gives them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(READY_SECONDS))
     if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
         torch.set_num_threads(max(1, torch.get_num_threads() // int(processes)))
 
@@ -118,7 +135,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """GPU tests are skipped without a GPU, and fail instead where one was promised."""
+    """Tests of the long form are skipped in the short one. GPU tests are skipped without a GPU, and fail instead where
+    one was promised."""
+    if item.get_closest_marker("long") and not LONG:
+        pytest.skip("of the long form: make test-faults runs it")
     if item.get_closest_marker("gpu") is None:
         return
     if not torch.cuda.is_available():

@@ -7,7 +7,7 @@ import sys
 
 from cluster.artifacts import ArtifactError
 from cluster.config import ConfigError, ConfigParser
-from cluster.verbs import run_verb
+from cluster.verbs import run_verb, tell_error
 from training.config import TrainingConfig
 from training.data.conversations import DataError
 
@@ -49,10 +49,10 @@ def _run(arguments: list[str]) -> int:
     try:
         outcome = run(config)
     except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_error(str(error))
         return 2
     except TrainingFailedError as error:
-        print(f"error: training failed: {error}", file=sys.stderr)
+        tell_error(f"training failed: {error}")
         return 1
     if outcome.adapter is None:
         print(f"stopped   at step {outcome.step}, which is saved; the same command goes on from there")

@@ -35,6 +35,7 @@ def check_form(row: dict[str, Any]) -> None:
     assert row["holds"] is judged(row["name"], row)["holds"]
 
 
+@pytest.mark.long
 def test_workers_take_turns_and_checkpoints_are_written_meanwhile(tmp_path: Path) -> None:
     rows = measured(tmp_path, "data_parallel,checkpoints")
     assert list(rows) == ["data_parallel", "checkpoints"]
@@ -50,6 +51,7 @@ def test_workers_take_turns_and_checkpoints_are_written_meanwhile(tmp_path: Path
     }
 
 
+@pytest.mark.long
 def test_packed_gathers_move_less_than_a_third(tmp_path: Path) -> None:
     row = measured(tmp_path, "sharded_gathers")["sharded_gathers"]
     check_form(row)
@@ -57,6 +59,7 @@ def test_packed_gathers_move_less_than_a_third(tmp_path: Path) -> None:
     assert 0.25 < row["gpt_oss_20b_on_8_workers"]["bytes_ratio"] <= 0.30
 
 
+@pytest.mark.long
 def test_the_sharded_path_over_one_worker_takes_the_same_steps(tmp_path: Path) -> None:
     """On a GPU the comparison is of speed; that the two are one computation shows here."""
     flags = ("--steps", "1", "--warmup", "1", "--saves", "2", "--micro-batch-size", "1", "--repeats", "1")

@@ -62,7 +62,10 @@ def measured(folder: Path, workers: int, points: str, *flags: str, code: int = 0
 
 @pytest.mark.parametrize(
     ("workers", "points"),
-    [(2, "one_gpu,data_parallel,sharded_mxfp4,sharded_bf16"), (4, "one_gpu,sharded_mxfp4")],
+    [
+        (2, "one_gpu,data_parallel,sharded_mxfp4,sharded_bf16"),
+        pytest.param(4, "one_gpu,sharded_mxfp4", marks=pytest.mark.long),
+    ],
 )
 def test_several_processes_take_the_steps_of_one(tmp_path: Path, workers: int, points: str) -> None:
     rows = measured(tmp_path, workers, points)

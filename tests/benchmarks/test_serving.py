@@ -65,6 +65,7 @@ def test_what_random_weights_write_becomes_thinking() -> None:
     assert sampling.stop_tokens == ()
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_the_rows_of_a_cpu_in_small(tmp_path: Path) -> None:
     """Everything but speed; the third row needs a GPU, and says so."""

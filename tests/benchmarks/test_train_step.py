@@ -31,6 +31,7 @@ def test_all_rows_take_the_same_step(tmp_path: Path) -> None:
     assert ours["trainable_parameters"] == stock["trainable_parameters"] > rows["seed"]["trainable_parameters"]
 
 
+@pytest.mark.long
 def test_a_row_that_fails_is_kept_as_not_measured(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.benchmarks.train_step", "--model", "raysoner-demo", "--rows", "raysoner"]
     command += ["--rank", "0", "--out", str(tmp_path)]

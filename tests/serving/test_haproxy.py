@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -41,7 +40,6 @@ LONG = 400
 """tokens, of which the engine makes one every 40 ms: what is begun runs until something happens to it"""
 
 
-LONG_FORM = os.environ.get("RAYSONER_FAULTS") == "long"
 BEGUN_SECONDS = 3.0
 """in which requests reach their replicas, a fifth of what they take"""
 
@@ -169,6 +167,7 @@ def in_progress(url: str) -> dict[str, int]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.fault
 def test_a_killed_replica_s_requests_go_elsewhere_or_end_in_an_error(url: str) -> None:
     wait_for(lambda: len(replicas()) == 2 and len(in_progress(url)) == 2, "two replicas run")
@@ -192,7 +191,7 @@ def test_a_killed_replica_s_requests_go_elsewhere_or_end_in_an_error(url: str) -
 
 
 @pytest.mark.fault
-@pytest.mark.skipif(not LONG_FORM, reason="make test-faults runs it")
+@pytest.mark.long
 def test_where_all_replicas_are_killed_each_request_ends_and_later_ones_are_answered(url: str) -> None:
     """Those that HAProxy could give to nobody, however often it tried, are answered 500 in plain text."""
     wait_for(lambda: len(replicas()) == 2 and len(in_progress(url)) == 2, "two replicas run")

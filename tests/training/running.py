@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -141,7 +140,3 @@ def largest_differences(whole: Path, other: Path) -> tuple[float, float]:
     assert own.keys() == others.keys()
     apart = math.sqrt(sum(float((own[name].double() - others[name].double()).square().sum()) for name in own))
     return loss, apart / math.sqrt(sum(float(own[name].double().square().sum()) for name in own))
-
-
-LONG = os.environ.get("RAYSONER_FAULTS") == "long"
-"""the long form, of `make test-faults`"""

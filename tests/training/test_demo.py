@@ -44,6 +44,7 @@ def test_the_tokenizer_carries_harmonys_tokens_by_name() -> None:
         assert codec.decode(codec.encode(text)) == text
 
 
+@pytest.mark.long
 def test_the_base_answers_and_thinks_in_english() -> None:
     shares = measure(FOLDER / "model", read_records(FOLDER / "data" / "heldout.jsonl"))
     recorded = json.loads((FOLDER / "model" / "build.json").read_text())[-1]["heldout"]

@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Resize
 from cluster.config import ConfigError, load_files
 from cluster.local import LocalRay, local_ray
 from cluster.placement import room
-from tests.conftest import DEMO
+from tests.conftest import DEMO, LONG, last_error
 from training.config import TrainingConfig
 from training.driver import check_resources, check_room
 from training.elastic import SETTLE_SECONDS, ElasticPolicy, Nodes
@@ -26,7 +26,7 @@ from training.request import END, LEAVE, NOTHING, Request
 from training.waiting import await_cluster, describe_wait
 
 from .conftest import WHOLE, Whole
-from .running import LONG, RESUMED, STEP, Run, largest_differences, start, train_workers
+from .running import RESUMED, STEP, Run, largest_differences, start, train_workers
 from .test_faults_stops import node
 
 DRAIN_SECONDS = 30
@@ -242,7 +242,7 @@ def stopped(process: psutil.Process) -> Iterator[None]:
 
 @pytest.mark.cluster
 @pytest.mark.fault
-@pytest.mark.skipif(not LONG, reason="minutes on a busy machine: make test-faults runs it")
+@pytest.mark.long
 def test_a_run_shrinks_and_grows_with_its_nodes(whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A node is told to stop, another comes, and in the long form that one is lost without a word: a retry is for that.
 
@@ -298,6 +298,7 @@ def assert_who_left_had_saved(run: Run) -> None:
     assert len(after_loss) == int(LONG)
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_a_cluster_that_is_in_use_is_waited_for_and_no_longer(
     ray_cluster: LocalRay, whole: Whole, tmp_path: Path
@@ -313,7 +314,7 @@ def test_a_cluster_that_is_in_use_is_waited_for_and_no_longer(
         assert run.end() == 2, run.tail
     finally:
         other.kill()
-    error = run.output.splitlines()[-1]
+    error = last_error(run.output)
     assert re.search(
         r"error: 2 workers with 1 CPU each wait for 2 CPU, of which the cluster has 4, and 0 free, and after \d+ s "
         r"without workers the run ends, as workers.wait_seconds = 5 says; the same command goes on",

@@ -43,6 +43,7 @@ def moments_apart(whole: Path, other: Path) -> dict[str, float]:
     return found
 
 
+@pytest.mark.long
 def test_it_goes_on_from_others_from_itself_and_they_from_it(
     whole: Whole, ray_cluster: LocalRay, tmp_path: Path
 ) -> None:

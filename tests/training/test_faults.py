@@ -18,14 +18,14 @@ import pytest
 
 from cluster.local import LocalRay
 from tests.benchmarks.record import keep
-from tests.conftest import run_python, short_run
+from tests.conftest import LONG, run_python, short_run
 
 from .conftest import WHOLE, Whole
-from .running import LONG, RESUMED, STEP, assert_same_run, start, wait_for_workers
+from .running import RESUMED, STEP, assert_same_run, start, wait_for_workers
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fault]
 
-KILLS = {"data_parallel": 20 if LONG else 2, "sharded": 20 if LONG else 1}
+KILLS = 20 if LONG else 1
 LONG_RUN = {"run__maximum_steps": 80, "run__saving_steps": 3}
 
 
@@ -49,17 +49,16 @@ def figures() -> Iterator[list[dict[str, Any]]]:
         keep("faults", "raysoner-demo", f"cpu{os.cpu_count()}", "make test-faults", rows)
 
 
-@pytest.mark.parametrize("strategy", KILLS)
+@pytest.mark.parametrize("strategy", [pytest.param("data_parallel", marks=pytest.mark.long), "sharded"])
 def test_workers_are_killed_at_random_steps(
     strategy: str, reference: Path, ray_cluster: LocalRay, tmp_path: Path, figures: list[dict[str, Any]]
 ) -> None:
     settings = LONG_RUN if LONG else WHOLE
     steps = int(settings["run__maximum_steps"])
-    kills = KILLS[strategy]
     chance = random.Random(strategy)
-    targets = sorted(chance.sample(range(1, steps - 3), kills))
+    targets = sorted(chance.sample(range(1, steps - 3), KILLS))
     run = start(
-        ray_cluster, tmp_path, "short", tmp_path / "log", workers__strategy=strategy, workers__retries=kills, **settings
+        ray_cluster, tmp_path, "short", tmp_path / "log", workers__strategy=strategy, workers__retries=KILLS, **settings
     )
     waits, seen = [], 0
     for step in targets:
@@ -87,12 +86,13 @@ def test_workers_are_killed_at_random_steps(
     )
 
 
+@pytest.mark.long
 def test_a_loss_that_is_no_number_ends_the_run(ray_cluster: LocalRay, tmp_path: Path) -> None:
     settings = {"optimizer__learning_rate": 1e30, "optimizer__tolerated_skips": 2, "run__maximum_steps": 12}
     done = run_python(ray_cluster, *short_run(tmp_path, "nan", **settings))
     assert done.code == 2, done.output
     skipped = re.findall(r"step (\d+) skipped: the (?:loss|gradient norm) is (?:nan|inf)", done.output)
     assert len(skipped) == 3
-    error = done.output.splitlines()[-1]
+    error = done.error
     assert error.startswith(f"error: stopped at step {skipped[-1]}: 3 steps in a row and 3 of ")
     assert "lower optimizer.learning_rate" in error

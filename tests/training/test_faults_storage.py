@@ -36,7 +36,7 @@ def test_a_damaged_checkpoint_is_passed_over(whole: Whole, ray_cluster: LocalRay
     assert_same_run(whole.folder, tmp_path / "short")
 
 
-@pytest.mark.parametrize("workers", [3, 1])
+@pytest.mark.parametrize("workers", [3, pytest.param(1, marks=pytest.mark.long)])
 def test_another_number_of_workers_goes_on(workers: int, whole: Whole, ray_cluster: LocalRay, tmp_path: Path) -> None:
     whole.fork(tmp_path, step=18)
     done = run_python(ray_cluster, *short_run(tmp_path, "short", workers__count=workers, **WHOLE))
@@ -87,12 +87,13 @@ def test_a_storage_that_may_not_be_written(ray_cluster: LocalRay, tmp_path: Path
     with mounted(tmp_path / "disk", "ro") as folder:
         done = run_python(ray_cluster, *short_run(folder, "none"))
     assert done.code == 2
-    error = done.output.splitlines()[-1]
+    error = done.error
     assert error.startswith(f"error: run.storage = '{folder}' cannot be used (")
     assert "Read-only file system" in error
     assert "give a folder that every node may write to" in error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("what", "workers", "told"),
     [
@@ -119,7 +120,7 @@ def test_a_checkpoint_of_another_model_or_other_targets(
     CheckpointStore(storage).write(snapshot)
     done = run_python(ray_cluster, *short_run(tmp_path, "short", workers__count=workers, **WHOLE))
     assert done.code == 2, done.output
-    error = done.output.splitlines()[-1]
+    error = done.error
     assert re.search(rf"^error: the checkpoint of step 3 {told}", error), done.output
     assert "give the run the settings that it had, or another run.name" in error
 

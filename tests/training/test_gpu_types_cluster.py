@@ -55,6 +55,7 @@ def types_of_workers(config: TrainingConfig, folder: Path) -> list[str | None]:
     return [kinds[place][0].accelerator_type for place in places]
 
 
+@pytest.mark.long
 def test_workers_are_on_one_type_whichever_is_named(imaginary: Cluster, config: TrainingConfig, tmp_path: Path) -> None:
     two = with_workers(config, 2)
     assert _find_place(two).accelerator_type == "H100"

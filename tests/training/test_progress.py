@@ -211,6 +211,7 @@ def test_other_ranks_and_other_lines_print_nothing(bar: Run, capsys: pytest.Capt
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_two_workers_on_a_real_ray(ray_cluster: LocalRay, tmp_path: Path) -> None:
     """The controller takes a report every two seconds, and the workers do not wait for that."""

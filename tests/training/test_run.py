@@ -80,7 +80,7 @@ def test_a_name_belongs_to_one_configuration(whole: Whole, ray_cluster: LocalRay
     changed = {"lora__rank": 4, "run__seed": 7, "workers__count": 1}
     other = run_python(ray_cluster, *short_run(whole.folder.parent, "short", **(WHOLE | changed)))
     assert other.code == 2
-    error = other.output.splitlines()[-1]
+    error = other.error
     assert "began with lora.rank = 8, not 4; run.seed = 0, not 7: give another run.name" in error
     for section, keys in SAFE.items():
         for key in keys:

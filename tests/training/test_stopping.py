@@ -87,6 +87,7 @@ def runs(ray_cluster: LocalRay, tmp_path: Path) -> Iterator[Callable[..., Run]]:
         run.process.wait()
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 @pytest.mark.fault
 def test_a_worker_that_is_terminated_has_all_save_and_go_on_elsewhere(runs: Callable[..., Run]) -> None:
@@ -112,7 +113,7 @@ def test_a_worker_that_is_terminated_has_all_save_and_go_on_elsewhere(runs: Call
 @pytest.mark.cluster
 @pytest.mark.fault
 def test_a_signal_to_the_driver_saves_and_the_same_command_resumes(runs: Callable[..., Run]) -> None:
-    """SIGINT is `test_a_second_signal_aborts_at_once`'s first, and test_faults_stops sends it to a run that trains."""
+    """test_faults_stops sends a SIGINT to a run that trains."""
     run = runs()
     run.wait_for_steps()
     run.process.send_signal(signal.SIGTERM)
@@ -131,6 +132,7 @@ def test_a_signal_to_the_driver_saves_and_the_same_command_resumes(runs: Callabl
     assert [event["step"] for event in again.events(1, "step")] == list(range(1, step + 6))
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 @pytest.mark.fault
 def test_a_second_signal_aborts_at_once(runs: Callable[..., Run]) -> None:
@@ -222,6 +224,7 @@ def second_node(ray: LocalRay, cpus: int) -> Iterator[str]:
         stop_tree(process)
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 @pytest.mark.fault
 def test_a_node_that_is_drained_has_all_save_and_go_on_elsewhere(tmp_path: Path) -> None:

@@ -37,11 +37,6 @@ TYPES = {"A100": "A100-80G", "GeForce-RTX-4090": "RTX-4090", "H100": "H100"}
 """as Ray calls them, and the names of their profiles"""
 
 
-long_form = pytest.mark.skipif(
-    os.environ.get("RAYSONER_FAULTS") != "long", reason="minutes of a busy machine: make test-faults runs it"
-)
-
-
 @pytest.fixture(scope="module")
 def imaginary() -> Iterator[Cluster]:
     """A head without GPUs and a node of one GPU of each type."""
@@ -109,6 +104,7 @@ def test_every_type_is_searched_at_once_and_finds_its_own_optimum(
     assert [result.chosen for result in again] == [result.chosen for result in results.values()]
 
 
+@pytest.mark.long
 def test_a_search_for_quality_ends_bad_candidates_early_and_goes_on(
     imaginary: Cluster, base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,7 +156,7 @@ def test_a_search_for_quality_wants_held_out_data_and_one_type(imaginary: Cluste
 
 
 @pytest.mark.fault
-@long_form
+@pytest.mark.long
 def test_a_type_whose_node_is_lost_leaves_the_search_and_goes_on_later(
     imaginary: Cluster, base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,6 +206,7 @@ def test_a_model_that_does_not_fit_a_type_is_answered_before_anything_is_measure
     assert not events(tmp_path / "runs")
 
 
+@pytest.mark.long
 def test_workers_of_a_trial_are_spread_where_no_node_has_room_and_end_together(
     imaginary: Cluster, base: Path, tmp_path: Path
 ) -> None:
@@ -237,7 +234,7 @@ def test_workers_of_a_trial_are_spread_where_no_node_has_room_and_end_together(
 
 
 @pytest.mark.fault
-@long_form
+@pytest.mark.long
 def test_a_real_trial_on_two_nodes(imaginary: Cluster, tmp_path: Path) -> None:
     """Three workers of the demo over gloo, of which the head has room for two."""
     config = load_files(SearchConfig, "training/configs/demo.toml")
@@ -268,6 +265,7 @@ search(SearchConfig.model_validate_json(sys.argv[1]), "test", stand_in)
 """
 
 
+@pytest.mark.long
 def test_a_driver_that_was_killed_goes_on_where_it_was(imaginary: Cluster, base: Path, tmp_path: Path) -> None:
     config = configured(base, tmp_path, trials=3, gpu_types=["H100"], searcher="grid", stop_slow=False)
     command = [sys.executable, "-c", DRIVER, config.model_dump_json()]

@@ -14,6 +14,7 @@ from tests.conftest import DEMO, run_python
 pytestmark = pytest.mark.cluster
 
 
+@pytest.mark.long
 def test_a_search_for_quality_from_the_command_line(ray_cluster: LocalRay, tmp_path: Path) -> None:
     """Two learning rates, of which one is far too high, by the losses of whole small runs in nine languages."""
     paths = {}
