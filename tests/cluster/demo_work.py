@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -44,8 +46,8 @@ def training(folder: Path, run: str) -> list[str]:
     return short_run(folder / "runs", run, data__evaluation=held_out, **settings)
 
 
-def search(folder: Path) -> list[str]:
-    """Words of a search over one point."""
+def search(folder: Path, *micro_batch_sizes: int) -> list[str]:
+    """Words of a search over these."""
     flags = {
         "tuning.storage": folder / "journals",
         "tuning.profiles": folder / "profiles",
@@ -55,7 +57,23 @@ def search(folder: Path) -> list[str]:
         "run.storage": folder / "trials",
     }
     words = ["-m", "tuning", "search", "--config", DEMO, *(str(w) for k, v in flags.items() for w in (f"--{k}", v))]
-    return [*words, "--tuning.space.micro_batch_size", "2"]
+    return [*words, *(word for size in micro_batch_sizes for word in ("--tuning.space.micro_batch_size", str(size)))]
+
+
+def assert_searched(folder: Path, *micro_batch_sizes: int) -> None:
+    """`search` has measured each, and written a profile of one of them."""
+    found = json.loads((folder / "profiles" / "cpu-demo-model.json").read_text(encoding="utf-8"))
+    assert [trial["outcome"] for trial in found["trials"]] == ["measured"] * len(micro_batch_sizes)
+    speeds = {trial["point"]["micro_batch_size"]: trial["tokens_per_second"] for trial in found["trials"]}
+    assert set(speeds) == set(micro_batch_sizes)
+    assert all(len(trial["speeds"]) == 2 and 0.1 < trial["loss"] < 5 for trial in found["trials"])
+    assert all(trial["peak_bytes"] > 2**28 and trial["device"] == "CPU" for trial in found["trials"])
+    assert (found["configured"]["micro_batch_size"], found["workers"]) == (8, 2)
+    assert found["versions"]["torch"]
+    written = tomllib.loads((folder / "profiles" / "cpu-demo-model.toml").read_text(encoding="utf-8"))["batch"]
+    keys = ("micro_batch_size", "accumulation_steps", "activation_checkpointing")
+    assert written == {key: found["chosen"][key] for key in keys}
+    assert list((folder / "journals" / "tune").rglob("events.out.tfevents*"))  # for TensorBoard
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import pytest
 from cluster.local import LocalRay, free_ports
 from cluster.monitoring.files import dashboards
 from serving.keys import ANONYMOUS
-from tests.cluster.demo_work import ask, command, endpoint, search, training
+from tests.cluster.demo_work import ask, assert_searched, command, endpoint, search, training
 from tests.cluster.prometheus import Prometheus, needed, scraping
 
 pytestmark = pytest.mark.cluster
@@ -60,8 +60,9 @@ def test_every_panel_shows_what_was_done(ray_cluster: LocalRay, tmp_path: Path) 
                 statuses += ask(url)
             assert run.returncode == 0, log.read_text()
             log = tmp_path / "search.log"
-            with command(ray_cluster, log, *search(tmp_path)) as run:
+            with command(ray_cluster, log, *search(tmp_path, 2)) as run:
                 assert run.wait() == 0, log.read_text()
+            assert_searched(tmp_path, 2)
             statuses += ask(url)
             wait_until(lambda: not empty_panels(prometheus), lambda: "\n".join(empty_panels(prometheus)))
             requests = f'ray_raysoner_serving_requests_total{{application="{NAME}",key="{ANONYMOUS}"}}'

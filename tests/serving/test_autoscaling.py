@@ -248,7 +248,7 @@ def test_replicas_follow_the_load_from_none_to_three_and_back(url: str) -> None:
 
 
 QUIET_REQUESTS = 20
-ROUNDS = 3
+ROUNDS = 6
 
 
 @pytest.mark.cluster

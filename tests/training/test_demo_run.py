@@ -14,7 +14,7 @@ import pytest
 LOSS = 6 / 180
 """six questions: of 516 others (`python -m training.demo.measure`) the fine-tuned model gets nine fewer right than the
 base, which are three of 180; and as many again for chance, since another order of sums turns a greedy answer"""
-LIMIT_SECONDS = 240
+LIMIT_SECONDS = 1440
 
 
 def run_demo(*arguments: str) -> subprocess.Popen[str]:
@@ -35,17 +35,34 @@ def processes_naming(text: str) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.cluster
-def test_the_demo_holds_what_it_promises(tmp_path: Path) -> None:
-    process = run_demo("--runs", str(tmp_path))
-    output, _ = process.communicate(timeout=6 * LIMIT_SECONDS)
+def summary_of(folder: Path, questions: int, *arguments: str) -> dict[str, Any]:
+    """The demo's last line, when it has shown an answer to each question and left no process behind."""
+    process = run_demo("--runs", str(folder), *arguments)
+    output, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0, output[-3000:]
     summary: dict[str, Any] = json.loads(output.splitlines()[-1])
     assert len(summary["languages"]) >= 6
-    assert summary["questions"] == 180
+    assert summary["questions"] == questions
+    assert output.count("  thinking  ") == output.count("  answer    ") == questions
+    assert processes_naming(str(folder)) == []
+    return summary
+
+
+@pytest.mark.cluster
+def test_half_of_the_demo_s_steps_have_most_thoughts_in_the_language_asked_for(tmp_path: Path) -> None:
+    summary = summary_of(tmp_path, 45, "--questions", "1", "--steps", "45")
+    print(summary)
+    assert summary["adherence_before"] < 0.10
+    assert summary["accuracy_before"] >= 0.75
+    assert summary["adherence_after"] >= 0.80
+    assert summary["accuracy_after"] >= summary["accuracy_before"] - 4 / 45
+
+
+@pytest.mark.cluster
+@pytest.mark.long
+def test_the_demo_holds_what_it_promises(tmp_path: Path) -> None:
+    summary = summary_of(tmp_path, 180)
     assert summary["adherence_before"] < 0.10
     assert summary["accuracy_before"] >= 0.75
     assert summary["adherence_after"] >= 0.90
     assert summary["accuracy_after"] >= summary["accuracy_before"] - LOSS
-    assert output.count("  thinking  ") == output.count("  answer    ") == 180
-    assert processes_naming(str(tmp_path)) == []
