@@ -1,4 +1,4 @@
-"""Command line of training: `python -m training run | merge | verify | push | data`."""
+"""Command line of training: `python -m training run | merge | verify | pipeline | push | data`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from training.data.conversations import DataError
 
 USAGE = """usage: python -m training VERB [flags]
 
-  run     fine-tune gpt-oss with LoRA on a Ray cluster, or resume a run
-  merge   fold an adapter into its base and write a checkpoint
-  verify  hold a merged checkpoint against its base and adapter
-  push    upload a checkpoint to a hub
-  data    check, show, mix and prepare data sets: `python -m training data --help`
+  run       fine-tune gpt-oss with LoRA on a Ray cluster, or resume a run
+  merge     fold an adapter into its base and write a checkpoint
+  verify    hold a merged checkpoint against its base and adapter
+  pipeline  run, merge, verify, and evaluate before and after, with one command
+  push      upload a checkpoint to a hub
+  data      check, show, mix and prepare data sets: `python -m training data --help`
 
 `python -m training VERB --help` lists the flags of a verb."""
 
 
 def main(arguments: list[str]) -> int:
     """Run one verb; returns the exit code: 0 done, 1 failed, 2 something that the user can mend."""
-    verbs = {"run": _run, "merge": _merge, "verify": _verify, "push": _push, "data": _data}
+    verbs = {"run": _run, "merge": _merge, "verify": _verify, "pipeline": _pipeline, "push": _push, "data": _data}
     return run_verb(arguments, verbs, USAGE, (ConfigError, DataError, ArtifactError))
 
 
@@ -98,6 +99,12 @@ def _merge(arguments: list[str]) -> int:
 
 def _verify(arguments: list[str]) -> int:
     from training.verify.commands import main
+
+    return main(arguments)
+
+
+def _pipeline(arguments: list[str]) -> int:
+    from training.pipeline import main
 
     return main(arguments)
 
