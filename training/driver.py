@@ -17,6 +17,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from cluster.config import ConfigError
+from cluster.imports import importing
 from cluster.joining import join
 from cluster.model import ModelShape
 from cluster.placement import GpuNode, describe_nodes, gpu_nodes, room, workers_per_node
@@ -117,14 +118,16 @@ def _trainer(config: TrainingConfig, accelerator_type: str | None, request: Any)
 
 def train_loop(raw: dict[str, Any]) -> dict[str, Any]:
     """`training.worker.train_loop`, whose libraries take seconds to import: the driver and Ray's controller do not."""
-    from training import worker
+    with importing():
+        from training import worker
 
     return worker.train_loop(raw)
 
 
 def _export(storage: Storage, config: TrainingConfig, data: dict[str, Any]) -> str:
-    from training.checkpoints.store import open_store
-    from training.export import export_adapter
+    with importing():
+        from training.checkpoints.store import open_store
+        from training.export import export_adapter
 
     return export_adapter(storage, open_store(config), config, data_of(data))
 

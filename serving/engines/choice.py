@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from cluster.imports import importing
 from serving.config import NO_ADAPTERS, ServingConfig
 from serving.engines.base import Engine, EngineError
 
@@ -73,10 +74,11 @@ def load_engine(config: ServingConfig, kind: Kind, folder: Path) -> Engine:
             maximum_cached_tokens=engine.maximum_cached_tokens,
             longest_sequence=config.longest_sequence,
         )
-    import torch
+    with importing():
+        import torch
 
-    from serving.engines.checkpoint import load_model
-    from serving.engines.continuous import ContinuousEngine
+        from serving.engines.checkpoint import load_model
+        from serving.engines.continuous import ContinuousEngine
 
     if config.replicas.gpus == 0:
         torch.set_num_threads(config.replicas.cpus)
