@@ -24,8 +24,10 @@ from ray.serve.config import HTTPOptions
 
 import cluster
 import serving
+from cluster.artifacts import ArtifactError, check_checkpoint
 from cluster.config import ConfigError
 from cluster.joining import join
+from cluster.verdict import refuse_failed
 from serving.app import build
 from serving.config import EndpointConfig, ReplicasConfig, ServingConfig
 from serving.haproxy import choose_proxy, environment, private_folder, running_proxy
@@ -96,6 +98,11 @@ def _deploy_locally(config: ServingConfig) -> int:
     _require_free(config.endpoint)
     if not Path(config.model.path).is_dir():
         raise ConfigError(f"model.path {config.model.path}: no such folder; give that of a merged checkpoint")
+    try:
+        check_checkpoint(config.model.path)
+        refuse_failed(Path(config.model.path))
+    except ArtifactError as error:
+        raise ConfigError(f"model.path: {error}") from error
     for name, folder in config.model.adapters.items():
         if not Path(folder).is_dir():
             raise ConfigError(f"model.adapters.{name} {folder}: no such folder; give that of an adapter")

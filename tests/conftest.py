@@ -112,14 +112,16 @@ def one_thread() -> Iterator[None]:
 
 def pytest_configure() -> None:
     """A suite started in a shell's background ignores SIGINT, and commands that tests interrupt would inherit that.
-    Processes of pytest-xdist share the cores: threads that wait for each other would wait for another process's too. A
-    Ray of a test's own starts no processes beforehand, which no driver with an environment can use, and gives Serve's
-    proxies the time that `serving deploy` gives them."""
+    Processes of pytest-xdist share the cores: threads that wait for each other would wait for another process's too, in
+    the commands that tests run as well. A Ray of a test's own starts no processes beforehand, which no driver with an
+    environment can use, and gives Serve's proxies the time that `serving deploy` gives them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(READY_SECONDS))
     if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
         torch.set_num_threads(max(1, torch.get_num_threads() // int(processes)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

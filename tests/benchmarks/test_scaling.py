@@ -63,7 +63,7 @@ def measured(folder: Path, workers: int, points: str, *flags: str, code: int = 0
 @pytest.mark.parametrize(
     ("workers", "points"),
     [
-        (2, "one_gpu,data_parallel,sharded_mxfp4,sharded_bf16"),
+        pytest.param(2, "one_gpu,data_parallel,sharded_mxfp4,sharded_bf16", marks=pytest.mark.long),
         pytest.param(4, "one_gpu,sharded_mxfp4", marks=pytest.mark.long),
     ],
 )
@@ -85,6 +85,7 @@ def test_several_processes_take_the_steps_of_one(tmp_path: Path, workers: int, p
         assert dense["gathered_gb"] > 2 * packed["gathered_gb"]
 
 
+@pytest.mark.long
 def test_a_point_that_fails_leaves_the_others(tmp_path: Path) -> None:
     """Adapters of rank 0 are refused; both processes of the second point are ended, and the reason is kept."""
     rows = measured(tmp_path, 2, "one_gpu,data_parallel", "--rank", "0", code=1)

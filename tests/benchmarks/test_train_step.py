@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.long
 def test_all_rows_take_the_same_step(tmp_path: Path) -> None:
     """Adapters begin as nothing: ours and the others' first losses are the base's, read from one checkpoint."""
     checkpoint = tmp_path / "checkpoint"

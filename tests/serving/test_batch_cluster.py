@@ -135,6 +135,7 @@ def test_a_finished_batch_is_left_alone(
     assert "drawing of its _batch.json differ" in err
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_what_stops_a_batch_is_one_sentence(
     ray_cluster: LocalRay, checkpoint: Path, prompts: Path, tmp_path: Path

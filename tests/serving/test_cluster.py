@@ -246,5 +246,5 @@ def test_broken_checkpoint_is_one_sentence(folder: Path, tmp_path: Path) -> None
     (broken / "model.safetensors").unlink()
     run = command("deploy", "--model.path", str(broken), "--endpoint.port", str(free_port()), "--replicas.gpus", "0")
     _, err = run.communicate(timeout=300)
-    assert run.returncode == 1
-    assert f"raysoner was not deployed: {broken} holds neither model.safetensors" in err
+    assert run.returncode == 2
+    assert err.startswith(f"model.path: {broken} holds neither model.safetensors")

@@ -210,6 +210,7 @@ def test_where_all_replicas_are_killed_each_request_ends_and_later_ones_are_answ
     wait_for(lambda: status_of(url, 5) == 200, "a later one is answered")
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_an_update_cuts_no_stream_within_the_graceful_limit_and_types_the_end_of_a_longer_one(url: str) -> None:
     """The limit is Serve's least behind HAProxy, 7 s; the longer stream would take two minutes."""

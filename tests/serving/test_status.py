@@ -176,6 +176,7 @@ def run(ray: LocalRay, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_status_on_a_cluster(ray_cluster: LocalRay) -> None:
     (port,) = free_ports(1)

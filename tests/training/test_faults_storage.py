@@ -36,7 +36,7 @@ def test_a_damaged_checkpoint_is_passed_over(whole: Whole, ray_cluster: LocalRay
     assert_same_run(whole.folder, tmp_path / "short")
 
 
-@pytest.mark.parametrize("workers", [3, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("workers", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_another_number_of_workers_goes_on(workers: int, whole: Whole, ray_cluster: LocalRay, tmp_path: Path) -> None:
     whole.fork(tmp_path, step=18)
     done = run_python(ray_cluster, *short_run(tmp_path, "short", workers__count=workers, **WHOLE))

@@ -190,8 +190,9 @@ def test_what_a_smaller_micro_batch_does_not_mend_fails(
     assert Limit(storage).read() is None
 
 
+@pytest.mark.long
 @pytest.mark.cluster
-@pytest.mark.parametrize(("most", "rows", "passes"), [(None, 2, 1), pytest.param(1, 1, 2, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("most", "rows", "passes"), [(None, 2, 1), (1, 1, 2)])
 def test_a_run_that_finds_its_micro_batch_learns_what_another_learns(
     most: int | None, rows: int, passes: int, whole: Whole, ray_cluster: LocalRay, tmp_path: Path
 ) -> None:

@@ -64,6 +64,7 @@ def test_a_finished_run_is_not_run_again(whole: Whole, ray_cluster: LocalRay) ->
     assert f"adapter   {whole.folder / 'adapter'}\n" in again.output
 
 
+@pytest.mark.long
 def test_a_run_that_ended_before_its_adapter_was_written_takes_no_further_step(
     whole: Whole, ray_cluster: LocalRay, tmp_path: Path
 ) -> None:

@@ -110,6 +110,7 @@ def test_a_worker_that_is_terminated_has_all_save_and_go_on_elsewhere(runs: Call
     assert "asked False, finished True" in run.output
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 @pytest.mark.fault
 def test_a_signal_to_the_driver_saves_and_the_same_command_resumes(runs: Callable[..., Run]) -> None:
