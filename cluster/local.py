@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -26,6 +27,8 @@ STARTED = "Ray runtime started"
 """what `ray start` prints last"""
 STOP_SECONDS = 6.0
 OBJECT_STORE_BYTES = 200_000_000
+PORTS = range(20_000, 26_000)
+"""above Ray's for its workers (10002 to 19999), and below Linux's for outgoing connections (from 32768)"""
 
 PORT_FLAGS = (
     "--port",
@@ -97,15 +100,34 @@ def _start(folder: Path, cpus: int, dashboard: bool) -> tuple[subprocess.Popen[b
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports of the loopback address that nothing listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in sockets]
-    finally:
-        for probe in sockets:
-            probe.close()
+    """TCP ports of the loopback address that nothing listens on now, nor on any other address.
+
+    Drawn from `PORTS`: what the system hands out itself may belong to somebody's outgoing connection, or to another
+    program that starts at this moment, before it is listened on.
+
+    Raises:
+        RuntimeError: there are not so many.
+    """
+    found: list[int] = []
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        if len(found) == count:
+            break
+        if _is_free(port):
+            found.append(port)
+    if len(found) < count:
+        raise RuntimeError(
+            f"of the ports from {PORTS.start} to {PORTS.stop - 1} fewer than {count} are free; end what listens there"
+        )
+    return found
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def stop_tree(process: subprocess.Popen[bytes]) -> None:

@@ -34,9 +34,9 @@ BUFFER_BYTES = 131_072
 """HAProxy's; a request that fits in it can be given to another replica (serving.guard.REPEATED_BYTES)"""
 RETRIES = 8
 """three failures take a replica out of HAProxy's list, and then there must be some left for the next"""
-PORTS = range(20_000, 32_000, 500)
-"""where replicas listen: below Linux's ports for outgoing connections. Each cluster of a machine takes 500 of its own,
-so that what stood in a list of one is no replica of another"""
+PORTS = range(26_000, 32_000, 500)
+"""where replicas listen: above cluster.local.PORTS, and below Linux's for outgoing connections. Each cluster of a
+machine takes 500 of its own, so that what stood in a list of one is no replica of another"""
 THREADS = 4
 
 _logger = logging.getLogger("ray.serve")

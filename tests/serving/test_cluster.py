@@ -24,6 +24,7 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
 
+from cluster.local import free_ports
 from serving.app import build
 from tests.serving.harness import events
 
@@ -35,9 +36,7 @@ QUESTION = [{"role": "user", "content": "What is two plus two?"}]
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)[0]
 
 
 def settings(folder: Path, port: int) -> dict[str, Any]:
