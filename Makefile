@@ -52,7 +52,7 @@ redis: | hosts-packages
 soak: .venv/installed
 	$(BIN)/python -m tests.serving.soak --seconds 600 --keep
 
-# Format, lint, types, import rules, and that every shipped TOML loads.
+# Format, lint, types, import rules, that the README's tables are those of kept results, and that every shipped TOML loads.
 check: .venv/installed
 	$(MAKE) -j 2 --output-sync --no-print-directory style types configs
 
@@ -60,6 +60,7 @@ style: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.benchmarks.tables
 
 types: .venv/installed
 	$(BIN)/mypy
