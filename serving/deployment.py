@@ -98,16 +98,16 @@ def _deploy_locally(config: ServingConfig) -> int:
     _require_free(config.endpoint)
     if not Path(config.model.path).is_dir():
         raise ConfigError(f"model.path {config.model.path}: no such folder; give that of a merged checkpoint")
-    try:
-        check_checkpoint(config.model.path)
-        refuse_failed(Path(config.model.path))
-    except ArtifactError as error:
-        raise ConfigError(f"model.path: {error}") from error
     for name, folder in config.model.adapters.items():
         if not Path(folder).is_dir():
             raise ConfigError(f"model.adapters.{name} {folder}: no such folder; give that of an adapter")
     if config.security.keys is not None:
         KeyFile.read(config.security.keys)
+    try:
+        check_checkpoint(config.model.path)
+        refuse_failed(Path(config.model.path))
+    except ArtifactError as error:
+        raise ConfigError(f"model.path: {error}") from error
     with private_folder() as files:
         return _run_locally(config, environment(config, choose_proxy(config), files))
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 
 from pydantic import model_validator
 
 from cluster.config import Config
 from training.sections import (
+    ANSWERED,
     BatchConfig,
     DataConfig,
     LoraConfig,
@@ -35,6 +37,24 @@ class TrainingConfig(Config):
     def _best_is_known(self) -> TrainingConfig:
         if self.run.export == "best" and not (self.data.evaluation and self.run.keep_best):
             raise ValueError('run.export = "best" needs data.evaluation, whose loss decides, and run.keep_best = true')
+        return self
+
+    @model_validator(mode="after")
+    def _is_judged_by_what_is_measured(self) -> TrainingConfig:
+        run = self.run
+        asked = {
+            "run.patience": run.patience is not None,
+            "run.evaluation_answers": run.evaluation_answers > 0,
+            f"run.best_metric = {run.best_metric!r}": run.best_metric != "eval_loss",
+        }
+        if self.data.evaluation is None and any(asked.values()):
+            name = next(name for name, is_asked in asked.items() if is_asked)
+            raise ValueError(f"{name} needs data.evaluation, held-out conversations to measure on")
+        if re.fullmatch(ANSWERED, run.best_metric) and not run.evaluation_answers:
+            raise ValueError(
+                f"run.best_metric = {run.best_metric!r} is a figure of the model's own answers: set "
+                "run.evaluation_answers to how many there should be, 64 for example"
+            )
         return self
 
     @model_validator(mode="after")

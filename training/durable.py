@@ -17,6 +17,7 @@ from training.checkpoints.rng import Rng, own_rng, set_rng
 from training.checkpoints.snapshot import Snapshot, gather_tensors, restore_snapshot, take_snapshot
 from training.data.order import StepSampler
 from training.guards import StepFigures, StepGuard
+from training.judging import Judge
 from training.keeping import Keeper
 from training.stopping import Wish
 from training.throughput import Meter
@@ -35,6 +36,7 @@ class DurableTrainer(WeightedTrainer):
         keeper: of this worker's checkpoints.
         meter: of this worker.
         tolerated_skips: as StepGuard's.
+        judge: of the evaluations; None where there are none.
         keywords: as WeightedTrainer's.
     """
 
@@ -44,9 +46,13 @@ class DurableTrainer(WeightedTrainer):
         keeper: Keeper,
         meter: Meter,
         tolerated_skips: int,
+        judge: Judge | None = None,
         **keywords: Any,
     ) -> None:
         super().__init__(*arguments, **keywords)
+        self.judge = judge
+        if judge is not None:
+            self.add_callback(judge)
         self.keeper, self.meter = keeper, meter
         keeper.said = lambda step: f"{step}/{self.state.max_steps}"
         self.guard = StepGuard(self._step_figures, tolerated_skips=tolerated_skips, wish=self._wish)
@@ -72,7 +78,8 @@ class DurableTrainer(WeightedTrainer):
         if snapshot is None:
             self.train()
             return
-        if snapshot.step >= snapshot.trainer_state["max_steps"]:
+        over = self.judge is not None and self.judge.is_over(snapshot.trainer_state["log_history"])
+        if over or snapshot.step >= snapshot.trainer_state["max_steps"]:
             self.state.global_step = snapshot.step  # the run ended just after its last checkpoint
             return
         self._snapshot = snapshot

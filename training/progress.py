@@ -23,7 +23,13 @@ REPORT_SECONDS = 5.0
 OF_LANGUAGE = "eval_loss_"
 """before the tag of a language in transformers' log: its held-out loss"""
 
-RENAMED = {"eval_loss": "evaluation_loss", "grad_norm": "gradient_norm"}
+RENAMED = {
+    "eval_loss": "evaluation_loss",
+    "eval_adherence": "evaluation_adherence",
+    "eval_complete": "evaluation_complete",
+    "eval_right": "evaluation_right",
+    "grad_norm": "gradient_norm",
+}
 """gauges whose names are not those of transformers' log"""
 
 
@@ -105,7 +111,13 @@ class Progress(TrainerCallback):
         named = {"loss": "loss", "eval_loss": "held-out loss"}
         parts = [f"{title} {float(logs[key]):.4f}" for key, title in named.items() if key in logs]
         if parts:
-            parts += _by_language(logs) + _speed(self.figures) + self._time_left(state) + _limits(self.figures)
+            parts += (
+                _by_language(logs)
+                + _answered(logs)
+                + _speed(self.figures)
+                + self._time_left(state)
+                + _limits(self.figures)
+            )
             print(f"{_bar(state.global_step, state.max_steps)} {', '.join(parts)}", flush=True)
 
     def _time_left(self, state: TrainerState) -> list[str]:
@@ -125,6 +137,12 @@ def _by_language(logs: dict[str, float]) -> list[str]:
     """The held-out loss of each language, in a line of evaluation, like `de 1.32 · fr 1.28`."""
     named = {name.removeprefix(OF_LANGUAGE): logs[name] for name in sorted(logs) if name.startswith(OF_LANGUAGE)}
     return [" · ".join(f"{tag} {loss:.4f}" for tag, loss in named.items())] if named else []
+
+
+def _answered(logs: dict[str, float]) -> list[str]:
+    """What came of the held-out questions that the model answered, like `92% think as asked`."""
+    titles = {"eval_adherence": "think as asked", "eval_complete": "whole", "eval_right": "right"}
+    return [f"{float(logs[name]):.0%} {title}" for name, title in titles.items() if name in logs]
 
 
 def _speed(figures: dict[str, float]) -> list[str]:

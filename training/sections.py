@@ -270,6 +270,14 @@ class WorkersConfig(Config):
     and sharded that fits the GPU by arithmetic, and data_parallel on a CPU"""
 
 
+ANSWERED = r"eval_(complete|right|adherence(_[A-Za-z-]+)?)"
+"""figures of an evaluation that come of the model's own answers"""
+RISING = ANSWERED
+"""those of which more is better"""
+METRICS = rf"^(eval_loss(_[A-Za-z-]+)?|{ANSWERED})$"
+"""what a run can be judged by"""
+
+
 class RunConfig(Config):
     """Where a run lives, how long it lasts and what it writes down."""
 
@@ -285,14 +293,27 @@ class RunConfig(Config):
     """steps between two lines of the log"""
     evaluation_steps: PositiveInt = 100
     """steps between two measurements on `data.evaluation`"""
+    evaluation_answers: NonNegativeInt = 0
+    """held-out conversations whose last turn the model answers itself in each measurement, of every language in turn:
+    how many think in the language asked for, keep to the channels, and end up with the held-out answer's number"""
+    answer_tokens: PositiveInt = 256
+    """longest of these answers, thinking included"""
+    best_metric: Annotated[str, Field(pattern=METRICS)] = "eval_loss"
+    """figure of a measurement that tells the best checkpoint, and what `patience` waits for: eval_loss, with
+    evaluation_answers also eval_adherence, eval_complete and eval_right; eval_loss_TAG and eval_adherence_TAG of one
+    language"""
+    patience: PositiveInt | None = None
+    """measurements in a row without an improvement of `best_metric` after which the run ends; by default it does not"""
+    minimum_improvement: NonNegativeFloat = 0.0
+    """by how much more than nothing `best_metric` must get better to count as improved"""
     saving_steps: PositiveInt = 100
     """steps between two checkpoints"""
     keep_checkpoints: PositiveInt = 2
     """newest checkpoints that are kept"""
     keep_best: bool = True
-    """keep also the checkpoint with the lowest held-out loss, where `data.evaluation` is given"""
+    """keep also the checkpoint with the best `best_metric`, where `data.evaluation` is given"""
     export: Literal["last", "best"] = "last"
-    """the finished adapter is that of the last step, or of the checkpoint with the lowest held-out loss"""
+    """the finished adapter is that of the last step, or of the checkpoint with the best `best_metric`"""
     seed: NonNegativeInt = 0
     """seed of adapters, data order and dropout"""
     tracker: Literal["tensorboard", "trackio", "wandb", "mlflow", "none"] = "tensorboard"

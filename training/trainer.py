@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers.models.gpt_oss.modeling_gpt_oss import load_balancing_loss_func
 from trl import SFTTrainer
 
+from training.answering import Answering, shares
 from training.data.collator import IGNORED
 from training.data.order import StepLoader, StepSampler
 from training.modeling.attention import document_starts
@@ -52,6 +53,8 @@ class WeightedTrainer(SFTTrainer):
         activation_offload: activations wait in host memory between forward and backward pass.
         languages: of the held-out rows, by their places in the column `languages`; evaluation then also says the loss
             of each, `eval_loss_TAG`.
+        answering: held-out questions that evaluation has the model answer; its figures are then those of
+            `training.answering.shares`, too.
         keywords: as SFTTrainer's.
 
     Raises:
@@ -71,6 +74,7 @@ class WeightedTrainer(SFTTrainer):
         shares: Sequence[int] | None = None,
         activation_offload: bool = False,
         languages: Sequence[str] = (),
+        answering: Answering | None = None,
         **keywords: Any,
     ) -> None:
         super().__init__(*arguments, **keywords)
@@ -80,6 +84,7 @@ class WeightedTrainer(SFTTrainer):
         self.group_lengths = group_lengths
         self.full_batches = full_batches
         self.languages = tuple(languages)
+        self.answering = answering
         self.shares = shares
         self.offload = Offload(self.model, self.args.device) if activation_offload else None
         self._training, self._evaluation = _Sums(), _Sums()
@@ -199,6 +204,8 @@ class WeightedTrainer(SFTTrainer):
     def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **keywords: Any) -> Any:
         """As transformers', with each trained token counted once and alike."""
         output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **keywords)
+        if self.answering is not None:
+            self._evaluation.add(**self.answering.sums(self.model))
         if figures := self._evaluation.take(self.accelerator):
             trained = max(1, figures["trained"])
             output.metrics[f"{metric_key_prefix}_loss"] = figures["nll"] / trained
@@ -206,6 +213,7 @@ class WeightedTrainer(SFTTrainer):
             for tag in self.languages:
                 of_language = figures[f"nll {tag}"] / max(1, figures[f"trained {tag}"])
                 output.metrics[f"{metric_key_prefix}_loss_{tag}"] = of_language
+            output.metrics.update({f"{metric_key_prefix}_{name}": share for name, share in shares(figures).items()})
         return output
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:

@@ -16,11 +16,15 @@ from peft import PeftModel
 from ray.train.torch import get_device
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+from trl import SFTConfig
 
 from cluster.artifacts import ArtifactError
+from cluster.config import ConfigError
+from cluster.harmony import Codec
 from cluster.model import ModelShape
 from training import stopping
 from training.agreement import check_versions_agree, of_all_ranks
+from training.answering import Answering, held_out_questions
 from training.arguments import row_multiple, trainer_arguments
 from training.checkpoints.snapshot import Snapshot
 from training.config import TrainingConfig
@@ -31,6 +35,7 @@ from training.data.shards import read_shards
 from training.durable import DurableTrainer
 from training.finder import fitting_trainer, sized_by_arithmetic, stepping_down
 from training.guards import TrainingStopped
+from training.judging import Judge
 from training.keeping import Keeper
 from training.modeling.engine import build_model
 from training.modeling.expert_parallel import ExpertShare
@@ -43,6 +48,9 @@ from training.slow import SlowWorker, name_of
 from training.strategy import choose_strategy, workers_within_a_node
 from training.throughput import Meter, flops_per_token, peak_flops
 from training.together import Agreed, together
+
+ANSWERED_ROWS = 16
+"""held-out questions that a worker answers at a time"""
 
 
 def train_loop(raw: dict[str, Any]) -> dict[str, Any]:
@@ -149,6 +157,7 @@ def make_trainer(
     arguments = trainer_arguments(config, scratch, evaluate=evaluation is not None)
     if shares is not None:
         arguments.gradient_accumulation_steps = shares[arguments.process_index]
+    answering = _answering(config, base, evaluation, arguments) if evaluation else None
     trainer = DurableTrainer(
         model=model,
         args=arguments,
@@ -163,6 +172,8 @@ def make_trainer(
         group_lengths=not config.data.packing,
         full_batches=config.compiled,
         languages=evaluation.languages if evaluation else (),
+        answering=answering,
+        judge=Judge(config.run) if evaluation else None,
         shares=shares,
         keeper=keeper,
         meter=meter,
@@ -175,6 +186,25 @@ def make_trainer(
 
 def _held_out(place: str | None, scratch: Path, base: Path) -> HeldOut | None:
     return None if place is None else with_languages(read_shards(place, scratch), base)
+
+
+def _answering(config: TrainingConfig, base: Path, held_out: HeldOut, arguments: SFTConfig) -> Answering | None:
+    if not config.run.evaluation_answers:
+        return None
+    codec = Codec.from_folder(base)
+    questions = held_out_questions(held_out, codec, config.run.evaluation_answers)
+    if not questions:
+        raise ConfigError(
+            "run.evaluation_answers: no conversation of data.evaluation has a turn of the model's to answer"
+        )
+    return Answering(
+        questions,
+        codec,
+        maximum_tokens=config.run.answer_tokens,
+        rows=ANSWERED_ROWS,
+        rank=arguments.process_index,
+        workers=arguments.world_size,
+    )
 
 
 def _shape(base: Path) -> ModelShape:

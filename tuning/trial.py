@@ -33,6 +33,7 @@ from training.data.prepare import Prepared
 from training.data.shards import read_shards
 from training.durable import DurableTrainer
 from training.finder import is_out_of_memory
+from training.judging import as_loss
 from training.keeping import Keeper
 from training.modeling.engine import build_model
 from training.modeling.expert_parallel import ExpertShare
@@ -97,11 +98,12 @@ class HeldOutLosses(TrainerCallback):
         meter: as of StepTimes.
         steps: of the run.
         rows: of each step.
+        metric: what the run is judged by, in place of the loss where it is another.
         say: takes each event.
     """
 
-    def __init__(self, meter: Meter, steps: int, rows: int, say: Say) -> None:
-        self.meter, self.steps, self.rows, self.say = meter, steps, rows, say
+    def __init__(self, meter: Meter, steps: int, rows: int, metric: str, say: Say) -> None:
+        self.meter, self.steps, self.rows, self.metric, self.say = meter, steps, rows, metric, say
         self.trained: float | None = None
         self.peak_gib = 0.0
 
@@ -116,7 +118,7 @@ class HeldOutLosses(TrainerCallback):
         logs = logs or {}
         self.trained = logs.get("loss", self.trained)
         self.peak_gib = max(self.peak_gib, logs.get("memory_gib", 0.0))
-        if "eval_loss" not in logs:
+        if self.metric not in logs:
             return
         of_language = {name: logs[name] for name in logs if name.startswith(OF_LANGUAGE)}
         self.say(
@@ -124,7 +126,7 @@ class HeldOutLosses(TrainerCallback):
                 "event": "step",
                 "step": state.global_step,
                 "rows": state.global_step * self.rows,
-                "loss": logs["eval_loss"],
+                "loss": as_loss(self.metric, logs[self.metric]),
                 "languages": {name.removeprefix(OF_LANGUAGE): value for name, value in of_language.items()},
                 "trained": self.trained,
                 "peak_bytes": round(self.peak_gib * 2**30),
@@ -167,7 +169,9 @@ def run_training(order: dict[str, Any], say: Say) -> None:
     config = _evaluated(TrainingConfig.model_validate(order["config"]), order["steps"], order["every"])
     with _set_up(config, order, say) as (scratch, make, meter):
         train, heldout = (read_shards(order["data"][name], scratch) for name in ("train", "evaluation"))
-        trainer = make(train, heldout, HeldOutLosses(meter, order["steps"], config.global_batch_size, say))
+        trainer = make(
+            train, heldout, HeldOutLosses(meter, order["steps"], config.global_batch_size, config.run.best_metric, say)
+        )
         with suppress(Measured):
             trainer.train()
 
@@ -230,7 +234,7 @@ def _endless(config: TrainingConfig) -> TrainingConfig:
 def _evaluated(config: TrainingConfig, steps: int, every: int) -> TrainingConfig:
     """The run of so many steps that evaluates and keeps nothing."""
     changed = {"maximum_steps": steps, "evaluation_steps": every, "logging_steps": 1, "saving_steps": ENDLESS}
-    run = config.run.model_copy(update=changed | {"tracker": "none", "export": "last"})
+    run = config.run.model_copy(update=changed | {"tracker": "none", "export": "last", "patience": None})
     return config.model_copy(update={"run": run})
 
 

@@ -94,6 +94,16 @@ def _loss() -> tuple[Panel, ...]:
     )
     return (
         Panel("Loss", "Negative log-likelihood of a token, nats. Held-out loss that rises alone: overfit.", both),
+        Panel(
+            "Held-out answers",
+            "Shares of the questions that the model answers in an evaluation, with run.evaluation_answers.",
+            tuple(
+                Query(_of_run(f"evaluation_{name}"), f"{{{{run}}}} {said}")
+                for name, said in (("adherence", "think as asked"), ("complete", "whole"), ("right", "right"))
+            ),
+            unit="percentunit",
+            maximum=1,
+        ),
         _line("Gradient norm", "gradient_norm", "short", "Before clipping. A jump comes before a loss that is lost."),
         _line("Learning rate", "learning_rate", "sci", "Of the last step."),
     )

@@ -43,6 +43,7 @@ def training(folder: Path, run: str) -> list[str]:
     with Path("training/demo/data/train.jsonl").open(encoding="utf-8") as lines:
         held_out.write_text("".join(islice(lines, 8)), encoding="utf-8")
     settings = {"run__maximum_steps": 4, "run__saving_steps": 100, "run__evaluation_steps": 2}
+    settings |= {"run__evaluation_answers": 4, "run__answer_tokens": 24}
     return short_run(folder / "runs", run, data__evaluation=held_out, **settings)
 
 

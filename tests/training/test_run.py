@@ -113,6 +113,7 @@ def job(ray_cluster: LocalRay, storage: Path, tmp_path_factory: pytest.TempPathF
     heldout.write_text("".join(lines[:16]), encoding="utf-8")
     data = {"data.sequence_length": 600, "data.weights.analysis": 0.5}
     steps = {"data.evaluation": heldout, "run.maximum_steps": 2, "run.evaluation_steps": 2}
+    steps |= {"run.evaluation_answers": 3, "run.answer_tokens": 16}
     done = submit(ray_cluster, *short_run(storage, "job", **data, **steps), "--data.packing")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -120,12 +121,31 @@ def job(ray_cluster: LocalRay, storage: Path, tmp_path_factory: pytest.TempPathF
 
 def test_packed_rows_weights_and_held_out_loss(job: str) -> None:
     assert re.search(r"rows      \d+ of 600 tokens, 9\d\.\d% full", job)
-    assert re.search(r"step 2/2 .* held-out loss [\d.]+", job)
+    assert re.search(r"step 2/2 .* held-out loss [\d.]+, .*\d+% think as asked, \d+% whole", job)
 
 
 def test_ray_job_submit_trains_and_streams_its_log(job: str, storage: Path) -> None:
     assert "step 2/2 saved" in job
     assert read_manifest(storage / "job" / "adapter", "adapter").base == "training/demo/model"
+
+
+@pytest.mark.long
+def test_a_run_that_does_not_improve_ends_and_is_done(ray_cluster: LocalRay, storage: Path) -> None:
+    """Of evaluations after each step the second is none the better, by what is asked for."""
+    lines = Path("training/demo/data/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (storage / "heldout.jsonl").write_text("".join(lines[:8]), encoding="utf-8")
+    judged = {"run.evaluation_steps": 1, "run.patience": 1, "run.minimum_improvement": 9, "run.saving_steps": 50}
+    words = short_run(storage, "judged", **{"data.evaluation": storage / "heldout.jsonl"}, **judged)
+    done = run_python(ray_cluster, *words)
+    assert done.code == 0, done.output
+    assert "stopping  at step 2: eval_loss has not improved for 1 evaluations, since its" in done.output
+    assert "step 2/6 saved" in done.output
+    assert "step 3/" not in done.output
+    shutil.rmtree(storage / "judged" / "adapter")
+    again = run_python(ray_cluster, *words)  # killed before its adapter was written, say
+    assert again.code == 0, again.output
+    assert "step 3/" not in again.output
+    assert f"adapter   {storage / 'judged' / 'adapter'}" in again.output
 
 
 def test_a_failing_job_exits_non_zero(ray_cluster: LocalRay, storage: Path) -> None:

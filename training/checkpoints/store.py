@@ -18,10 +18,11 @@ from training.checkpoints.files import CheckpointManifest, check_file, from_file
 from training.checkpoints.snapshot import Snapshot
 from training.config import TrainingConfig
 from training.folders import run_folder
+from training.sections import RISING
 
 FOLDER = "checkpoints"
 METRIC = "eval_loss"
-"""of which the best checkpoint has the lowest"""
+"""by which the best checkpoint is told unless a run says otherwise"""
 
 
 class Attempt(NamedTuple):
@@ -41,15 +42,18 @@ class CheckpointStore:
     Args:
         storage: the run's folder.
         keep_last: how many of the newest whole checkpoints `prune` keeps, at least 1.
-        keep_best: whether it also keeps the one with the lowest `eval_loss` among its metrics.
+        keep_best: whether it also keeps the best.
+        metric: among a checkpoint's, by which the best is told; more of it is better where it is one of
+            `training.sections.RISING`.
     """
 
-    def __init__(self, storage: Storage, keep_last: int = 2, keep_best: bool = True) -> None:
+    def __init__(self, storage: Storage, keep_last: int = 2, keep_best: bool = True, metric: str = METRIC) -> None:
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, not {keep_last}")
         self.storage = storage.child(FOLDER)
         self.keep_last = keep_last
         self.keep_best = keep_best
+        self.metric = metric
         self._whole: dict[Attempt, bool] = {}
 
     def __str__(self) -> str:
@@ -133,7 +137,7 @@ class CheckpointStore:
         return snapshot
 
     def best(self) -> Snapshot | None:
-        """The whole checkpoint with the lowest `eval_loss`, the oldest of equals; None if none was evaluated.
+        """The whole checkpoint with the best metric, the oldest of equals; None if none was evaluated.
 
         Raises:
             StorageError: the storage does not answer.
@@ -177,14 +181,14 @@ class CheckpointStore:
                 self._remove(attempt)
 
     def _best(self, finished: list[Attempt]) -> Attempt | None:
-        """The whole checkpoint with the lowest metric, the oldest of equals."""
-        losses = {}
+        """The whole checkpoint with the best metric, the oldest of equals."""
+        values = {}
         for attempt in finished:
             with suppress(ArtifactError):
-                loss = self._manifest(attempt).metrics.get(METRIC)
-                if isinstance(loss, int | float) and math.isfinite(loss):
-                    losses[attempt] = loss
-        return next((attempt for attempt in sorted(losses, key=losses.__getitem__) if self._is_whole(attempt)), None)
+                value = self._manifest(attempt).metrics.get(self.metric)
+                if isinstance(value, int | float) and math.isfinite(value):
+                    values[attempt] = -value if re.fullmatch(RISING, self.metric) else value
+        return next((attempt for attempt in sorted(values, key=values.__getitem__) if self._is_whole(attempt)), None)
 
     def _attempts(self) -> list[Attempt]:
         """All folders, finished or not, ascending."""
@@ -238,4 +242,5 @@ class CheckpointStore:
 
 def open_store(config: TrainingConfig) -> CheckpointStore:
     """The checkpoints of a run."""
-    return CheckpointStore(run_folder(config), config.run.keep_checkpoints, config.run.keep_best)
+    run = config.run
+    return CheckpointStore(run_folder(config), run.keep_checkpoints, run.keep_best, run.best_metric)

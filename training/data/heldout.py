@@ -35,15 +35,15 @@ def with_languages(rows: Dataset, base: Path) -> HeldOut:
         base: checkpoint folder, for its tokenizer.
     """
     codec = Codec.from_folder(base)
-    tags = [[_language(codec, *document) for document in _documents(row)] for row in rows]
+    tags = [[_language(codec, *document) for document in documents_of(row)] for row in rows]
     names = tuple(sorted({tag for row in tags for tag in row}))
     if names in ((), (UNDETERMINED,)):
         return HeldOut(rows, ())
     return HeldOut(rows.add_column("languages", [[names.index(tag) for tag in row] for row in tags]), names)
 
 
-def _documents(row: Mapping[str, Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens and labels of each."""
+def documents_of(row: Mapping[str, Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and labels of each document of a row."""
     ends = np.cumsum(row["lengths"])[:-1]
     return zip(*(np.split(np.asarray(row[name]), ends) for name in ("tokens", "labels")), strict=True)
 

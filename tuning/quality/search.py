@@ -168,7 +168,9 @@ def identity_of(
             fixed[table].pop(setting)
     fixed["model"].pop("path")
     own = baseline(run)
+    judged = {"metric": run.run.best_metric, "answers": run.run.evaluation_answers, "tokens": run.run.answer_tokens}
     return {
+        **(judged if run.run.best_metric != "eval_loss" else {}),
         "objective": "quality",
         "gpu_type": machine.name,
         "device": machine.device,
