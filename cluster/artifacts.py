@@ -47,6 +47,10 @@ class Manifest(BaseModel):
         return (self.model_dump_json(indent=2) + "\n").encode()
 
 
+CARD = "README.md"
+"""the model card of a checkpoint; no manifest lists it, for people and evaluations write in it, and nothing loads it"""
+
+
 def write_manifest(
     folder: Path, kind: Literal["adapter", "checkpoint"], base: str, details: dict[str, Any]
 ) -> Manifest:

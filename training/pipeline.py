@@ -104,7 +104,7 @@ def stages(
     for suite in flags.suite:
         out = str(folder / f"evaluation-{Path(suite).stem}")
         targets = ("--target", f"base={base}", "--target", f"tuned={merged}")
-        words = ("serving", "evaluate", *targets, "--suite", suite, "--out", out, *asked, *engine)
+        words = ("serving", "evaluate", *targets, "--suite", suite, "--out", out, "--card", *asked, *engine)
         yield Stage(f"evaluate {suite}", words, kept=False)
 
 

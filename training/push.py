@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
-from cluster.artifacts import MANIFEST, ArtifactError, Manifest, read_manifest, some_of
+from cluster.artifacts import CARD, MANIFEST, ArtifactError, Manifest, read_manifest, some_of
 from cluster.storage import first_line, is_uri
 from cluster.verdict import VERDICT, current_verdict, refuse_failed
 
@@ -120,7 +120,8 @@ def pack(name: str, *, require_verified: bool) -> Parcel:
     ]
     if outside:
         raise ArtifactError(f"{folder / MANIFEST} lists {some_of(outside)}, which lies outside the folder")
-    names = (*sorted(manifest.files), MANIFEST, *([VERDICT] if verdict else []))
+    card = {CARD} if (folder / CARD).is_file() else set()
+    names = (*sorted(card.union(manifest.files)), MANIFEST, *([VERDICT] if verdict else []))
     return Parcel(folder, manifest, names, verdict is not None)
 
 

@@ -39,7 +39,6 @@ from training.modeling.engine import build_model
 from training.modeling.expert_parallel import ExpertShare
 from training.modeling.loading import checkpoint_folder
 from training.modeling.sharding import sharding_mesh
-from training.progress import OF_LANGUAGE
 from training.scratch import scratch_folder
 from training.strategy import choose_strategy
 from training.throughput import Meter, flops_per_token
@@ -120,14 +119,15 @@ class HeldOutLosses(TrainerCallback):
         self.peak_gib = max(self.peak_gib, logs.get("memory_gib", 0.0))
         if self.metric not in logs:
             return
-        of_language = {name: logs[name] for name in logs if name.startswith(OF_LANGUAGE)}
+        prefix = f"{self.metric}_"
+        of_language = {name: as_loss(self.metric, logs[name]) for name in logs if name.startswith(prefix)}
         self.say(
             {
                 "event": "step",
                 "step": state.global_step,
                 "rows": state.global_step * self.rows,
                 "loss": as_loss(self.metric, logs[self.metric]),
-                "languages": {name.removeprefix(OF_LANGUAGE): value for name, value in of_language.items()},
+                "languages": {name.removeprefix(prefix): value for name, value in of_language.items()},
                 "trained": self.trained,
                 "peak_bytes": round(self.peak_gib * 2**30),
             }

@@ -20,6 +20,7 @@ from cluster.languages import find_language
 from cluster.tables import positive, positive_number
 from serving.evaluation import page
 from serving.evaluation.answers import Answer, Journal, JournalHead, Sampling, askings
+from serving.evaluation.card import add_to_card
 from serving.evaluation.comparison import compare
 from serving.evaluation.figures import target_figures
 from serving.evaluation.report import Report, SuiteReport, TargetReport, markdown, notes, show
@@ -74,6 +75,11 @@ def parser() -> argparse.ArgumentParser:
         help="languages told apart: the suite's and the measured nine, or all 52 (default: suite)",
     )
     add("--out", type=Path, metavar="FOLDER", help="of journals and reports (default: runs/evaluate-SUITE)")
+    add(
+        "--card",
+        action="store_true",
+        help="put the figures into the model card of each checkpoint but the first target",
+    )
     add("--json", action="store_true", help="print the report as JSON instead of tables")
     add("--quiet", action="store_true", help="no line of progress")
     add("--fail-on-regression", action="store_true", help="exit status 1 when a target is worse than the first")
@@ -92,6 +98,9 @@ def main(arguments: Sequence[str]) -> int:
     settings = [*(word for path in flags.config for word in ("--config", path)), *settings]
     if settings and all(target.is_endpoint for target in targets):
         raise ConfigError(f"{settings[0]} configures a checkpoint's engine, and no target is a checkpoint")
+    checkpoints = [target for target in targets[1:] or targets if not target.is_endpoint]
+    if flags.card and not checkpoints:
+        raise ConfigError("--card: no target is a checkpoint whose model card could hold figures")
     sampling = _sampling(flags)
     suite = open_suite(flags.suite, languages=flags.languages, limit=flags.limit)
     require_scorers(suite.items)
@@ -110,6 +119,9 @@ def main(arguments: Sequence[str]) -> int:
         status = 130
     found = work.report(_command(arguments))
     work.write(found)
+    if flags.card:
+        for target in checkpoints:
+            add_to_card(Path(target.where), found)
     if flags.json:
         print(found.model_dump_json(indent=2))
     else:

@@ -81,8 +81,8 @@ def test_the_commands_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
         f"python -m training run --config {DEMO} --run.storage /runs --lora.rank 4 --model.path training/demo/model",
         "python -m training merge --run /runs/demo --base training/demo/model --out /runs/demo/merged --format bf16",
         "python -m training verify /runs/demo/merged --quiet",
-        f"{ask} --suite demo --out /runs/demo/evaluation-demo {how}",
-        f"{ask} --suite my/own.jsonl --out /runs/demo/evaluation-own {how}",
+        f"{ask} --suite demo --out /runs/demo/evaluation-demo --card {how}",
+        f"{ask} --suite my/own.jsonl --out /runs/demo/evaluation-own --card {how}",
     ]
 
 

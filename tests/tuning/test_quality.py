@@ -40,6 +40,7 @@ from tuning.quality.search import Halving, rows_of
 from tuning.quality.study import QualityStudy
 from tuning.quality.supervisor import run_candidate
 from tuning.studies import Studies
+from tuning.trial import HeldOutLosses
 
 OWN = Candidate(16, 2e-4, 8, 0)
 EVALUATIONS = 9
@@ -255,3 +256,23 @@ def test_table_and_page_show_curves_languages_and_noise(tmp_path: Path, capsys: 
     assert main(["report", str(tmp_path / "found"), "--html", str(tmp_path / "page.html")]) == 0
     assert "quality of gpt-oss-20b" in capsys.readouterr().out
     assert "What searches found" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("metric", "loss", "languages"),
+    [
+        ("eval_loss", 1.5, {"de": 1.0, "fr": 2.0}),
+        ("eval_loss_fr", 2.0, {}),
+        ("eval_adherence", 0.25, {"de": 0.0, "fr": 0.5}),
+    ],
+)
+def test_a_trial_says_what_its_run_is_judged_by(metric: str, loss: float, languages: dict[str, float]) -> None:
+    """Of a share what it lacks of 1, so that less is better of all."""
+    said: list[dict[str, Any]] = []
+    losses = HeldOutLosses(SimpleNamespace(), 100, 8, metric, said.append)  # type: ignore[arg-type]
+    logs = {"eval_loss": 1.5, "eval_loss_de": 1.0, "eval_loss_fr": 2.0}
+    logs |= {"eval_adherence": 0.75, "eval_adherence_de": 1.0, "eval_adherence_fr": 0.5, "eval_complete": 0.9}
+    losses.on_log(None, SimpleNamespace(global_step=4), None, logs=logs)  # type: ignore[arg-type]
+    assert (said[0]["loss"], said[0]["languages"]) == (loss, languages)
+    losses.on_log(None, SimpleNamespace(global_step=5), None, logs={"loss": 3.0})  # type: ignore[arg-type]
+    assert len(said) == 1

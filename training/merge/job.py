@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cluster.artifacts import INDEX, MANIFEST, ArtifactError, Manifest, sha256_of
+from cluster.artifacts import CARD, INDEX, MANIFEST, ArtifactError, Manifest, sha256_of
 from cluster.storage import HOPELESS, PIECE_BYTES, Storage, StorageError, is_uri, without_secrets
 from training.card import model_card
 from training.merge.adapter import Adapter
@@ -33,7 +33,6 @@ from training.merge.together import write_together
 
 VERSION = 1
 """of the bytes that a merge makes of the same things: another one takes up nothing of it"""
-README = "README.md"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Told = Callable[[int], None]
@@ -200,14 +199,14 @@ def _finish(job: Job, target: Target, made: dict[str, Any]) -> Manifest:
     small["config.json"] = job.config()
     if job.plan.index is not None:
         small[INDEX] = job.plan.index
-    small[README] = model_card(base, job.options.format, details).encode()
+    small[CARD] = model_card(base, job.options.format, details).encode()
     for name, content in small.items():
         target.folder.write(name, content)
-    files = {name: sha256_of([content]) for name, content in small.items()}
+    files = {name: sha256_of([content]) for name, content in small.items() if name != CARD}
     files |= {name: written.sha256 for name, written in target.written.items()}
     manifest = Manifest(kind="checkpoint", base=base, details=details, files=dict(sorted(files.items())))
     target.folder.write(MANIFEST, manifest.to_bytes())
-    target.finish(manifest.files)
+    target.finish({*manifest.files, CARD})
     return manifest
 
 
