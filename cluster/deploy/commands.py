@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from cluster.artifacts import publish_file
-from cluster.config import ConfigError, ConfigParser
+from cluster.config import ConfigError, ConfigParser, load_files
 from cluster.deploy.description import ClusterDescription
 
 TARGETS = ("kuberay", "ray-up", "local", "monitoring")
@@ -25,7 +25,7 @@ DESCRIPTION = """Writes what starts a cluster, all of it made from one descripti
   kuberay     RayCluster, RayJob for training and for tuning, RayService for an endpoint
   ray-up      the file of Ray's cluster launcher, for AWS, GCP or hosts that are there
   local       scripts that start a head and workers by hand
-  monitoring  dashboards for Grafana, prometheus.yml and alerts; needs no description
+  monitoring  dashboards for Grafana, prometheus.yml and alerts; takes the namespace of a description, and needs none
 
   python -m cluster render --target kuberay --config cluster/deploy/configs/kubernetes.toml --out manifests"""
 
@@ -104,13 +104,25 @@ def _monitoring(arguments: Sequence[str]) -> int:
         "--out", required=True, metavar="DIR", help="folder for the files; those of before are replaced"
     )
     parser.add_argument("--temp-dir", default="/tmp/ray", metavar="DIR", help="of the head, as ray start has it")
-    parser.add_argument("--namespace", default="raysoner", metavar="NAME", help="of the cluster on Kubernetes")
+    own = ClusterDescription.model_fields["namespace"].default
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="of a cluster: its namespace is taken",
+    )
+    parser.add_argument(
+        "--namespace", metavar="NAME", help=f"of the cluster on Kubernetes; by default the description's, else {own}"
+    )
     flags = parser.parse_args(arguments)
+    described = load_files(ClusterDescription, *flags.config).namespace if flags.config else own
+    namespace = flags.namespace or described
     if not flags.temp_dir.startswith("/"):
         raise ConfigError(f"--temp-dir {flags.temp_dir} is relative; Prometheus needs the whole path")
     made = {
         name: to_yaml(content, flags.target, "cluster/monitoring")
-        for name, content in yaml_files(flags.temp_dir, flags.namespace).items()
+        for name, content in yaml_files(flags.temp_dir, namespace).items()
     }
     _write(Path(flags.out), {**dashboard_files(), **made})
     return 0

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,6 +143,26 @@ def test_a_manifest_of_another_version_says_so(store: CheckpointStore, snapshot:
     path.write_text(json.dumps(raw))
     with pytest.raises(ArtifactError, match=r"manifest.json is of another version: format: Input should be 1"):
         store.read(10)
+
+
+def test_what_is_damaged_on_its_way_is_read_again(
+    store: CheckpointStore, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write(at(snapshot, 10))
+    store.write(at(snapshot, 20))
+    inner, read = Storage.read, Counter[str]()
+
+    def garbled(storage: Storage, name: str) -> bytes:
+        read[name] += 1
+        content = inner(storage, name)
+        return content[:-1] if read[name] == 1 and name.endswith("optimizer.safetensors") else content
+
+    monkeypatch.setattr(Storage, "read", garbled)
+    found = CheckpointStore(Storage.at(str(Path(str(store)).parent))).newest(pytest.fail)
+    assert found is not None
+    assert found.step == 20
+    assert read["step-00000020/optimizer.safetensors"] == 2
+    assert read["step-00000020/rng.safetensors"] == 1
 
 
 def test_a_failing_storage_is_no_damage(store: CheckpointStore, snapshot: Snapshot) -> None:

@@ -226,6 +226,13 @@ class CheckpointStore:
         return CheckpointManifest.from_bytes(content, f"{self}/{name}")
 
     def _verified(self, attempt: Attempt, name: str, manifest: CheckpointManifest) -> bytes:
+        """A file's content. What is damaged is read once more: it may have been damaged on its way alone."""
+        try:
+            return self._read_and_checked(attempt, name, manifest)
+        except ArtifactError:
+            return self._read_and_checked(attempt, name, manifest)
+
+    def _read_and_checked(self, attempt: Attempt, name: str, manifest: CheckpointManifest) -> bytes:
         folder = f"{self}/{attempt.name}"
         try:
             content = self.storage.read(f"{attempt.name}/{name}")
