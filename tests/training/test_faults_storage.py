@@ -17,7 +17,7 @@ from training.checkpoints.store import CheckpointStore
 from .conftest import WHOLE, Whole
 from .disks import mounted
 from .running import RESUMED, assert_same_run, largest_differences, start
-from .unreliable import failing_every_third_put
+from .unreliable import LOST, losing_requests
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fault]
 
@@ -47,19 +47,30 @@ def test_another_number_of_workers_goes_on(workers: int, whole: Whole, ray_clust
     assert adapters < 1e-5
 
 
-def test_a_storage_that_fails_every_third_write(whole: Whole, ray_cluster: LocalRay, s3: str, tmp_path: Path) -> None:
-    with failing_every_third_put(s3) as (place, failures):
+def test_the_whole_line_over_a_storage_that_loses_requests(
+    whole: Whole, ray_cluster: LocalRay, s3: str, tmp_path: Path
+) -> None:
+    """A run that is killed and goes on, a merge and a verification, while every third write and fourth read is lost."""
+    with losing_requests(s3) as (place, failures):
         run = start(ray_cluster, place, "short", tmp_path / "1", **WHOLE)
         run.wait_for(rf"step 9/{STEPS} saved")
         run.kill()
         run = start(ray_cluster, place, "short", tmp_path / "2", **WHOLE)
         assert run.end() == 0, run.tail
         assert int(RESUMED.findall(run.output)[0]) >= 9
+        assert "a checkpoint is passed over" not in run.output
         assert "adapter   s3://bucket/runs/short/adapter\n" in run.output
-        assert len(failures) >= 10
-        assert set(failures) == {"500", "403", "dropped"}
-    copy(Storage.at(below(s3, "short")), tmp_path / "short")
+        merge = ("--run", below(place, "short"), "--base", "training/demo/model", "--out", below(place, "merged"))
+        done = run_python(ray_cluster, "-m", "training", "merge", *merge)
+        assert done.code == 0, done.output
+        assert sum(failure.startswith("PUT") for failure in failures) >= 10
+        assert set(failures) == {f"{method} {fate}" for method in LOST for fate in ("500", "403", "dropped")}
+    for name in ("short", "merged"):
+        copy(Storage.at(below(s3, name)), tmp_path / name)
     assert_same_run(whole.folder, tmp_path / "short")
+    parts = ("--base", "training/demo/model", "--adapter", tmp_path / "short" / "adapter")
+    done = run_python(ray_cluster, "-m", "training", "verify", tmp_path / "merged", *parts, "--limit", 4, "--quiet")
+    assert done.code == 0, done.output
 
 
 @pytest.fixture

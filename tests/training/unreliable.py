@@ -1,5 +1,5 @@
-"""A way to a server on which requests get lost; to S3 every third PUT: answered with 500, with 403, or not at all, in
-turn."""
+"""A way to a server on which requests get lost; to S3 every third PUT and every fourth GET: answered with 500, with
+403, or not at all, in turn."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
 
+LOST = {"PUT": 3, "GET": 4}
+"""of which requests of a method one gets lost"""
 ANSWERS = (b"500 Internal Server Error", b"403 Forbidden", None)
 PIECE = 1 << 16
 Fate = tuple[bool, bytes | None]
@@ -19,8 +21,8 @@ Fate = tuple[bool, bytes | None]
 
 
 @contextmanager
-def failing_every_third_put(uri: str) -> Iterator[tuple[str, list[str]]]:
-    """URI of the same place by way of a proxy, and what became of each PUT that failed."""
+def losing_requests(uri: str) -> Iterator[tuple[str, list[str]]]:
+    """URI of the same place by way of a proxy, and method and fate of each request that got lost."""
     upstream = re.search(r"endpoint_override=([^:&]+):(\d+)", uri)
     assert upstream
     faults = Faults()
@@ -52,14 +54,14 @@ class Faults:
     """What becomes of each request to S3."""
 
     def __init__(self) -> None:
-        self.puts = count(1)
+        self.counts = {method: count(1) for method in LOST}
         self.failures: list[str] = []
 
     def __call__(self, method: str) -> Fate:
-        if method != "PUT" or next(self.puts) % 3:
+        if method not in LOST or next(self.counts[method]) % LOST[method]:
             return False, None
-        answer = ANSWERS[len(self.failures) % len(ANSWERS)]
-        self.failures.append(answer[:3].decode() if answer else "dropped")
+        answer = ANSWERS[sum(failure.startswith(method) for failure in self.failures) % len(ANSWERS)]
+        self.failures.append(f"{method} {answer[:3].decode() if answer else 'dropped'}")
         return True, answer
 
 
