@@ -106,7 +106,7 @@ def story() -> str:
         if "seeds" not in row:
             continue
         shares = (
-            f"{percent(row[figure])} ({row[f'{figure}_least']:.1%} to {row[f'{figure}_most']:.1%})".replace("%)", " %)")
+            f"{percent(row[figure])} ({100 * row[f'{figure}_least']:.1f} to {100 * row[f'{figure}_most']:.1f})"
             for figure in ("adherence", "accuracy")
         )
         lines.append((name, f"{row['trainable_parameters'] / 1e6:.2f} M", *shares))
@@ -194,7 +194,7 @@ def merge() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {made.__name__: made for made in (demo, data, training, scaling, merge)}
+TABLES: dict[str, Callable[[], str]] = {made.__name__: made for made in (demo, story, data, training, scaling, merge)}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
