@@ -108,6 +108,7 @@ TUNING_METRICS: Mapping[str, Metric] = {
     "space_points": Metric("gauge", "points that fit into memory by arithmetic"),
     "best_tokens_per_second": Metric("gauge", "speed of the fastest point measured to its end; none before one is"),
     "best_memory_gib": Metric("gauge", "peak memory of the fastest point on a worker, GiB"),
+    "best_held_out_loss": Metric("gauge", "of a search for quality: the last loss of its best candidate, nats"),
 }
 """what a search measures on a GPU type, by name without the prefix"""
 

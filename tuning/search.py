@@ -25,7 +25,7 @@ from tuning.config import SearchConfig, TuningConfig
 from tuning.expected import expected_speed
 from tuning.journal import Journal, Trial, short_hash
 from tuning.machines import CPU, Machine, find_machines, probe
-from tuning.metrics import SearchMetrics
+from tuning.metrics import SearchMetrics, standing
 from tuning.model import base_identity, model_name, model_shape
 from tuning.result import Result, configured_or_none, make_result, seed_point
 from tuning.space import Space, make_space
@@ -73,7 +73,7 @@ def search(
         _announce(studies[machine.name], machine, path)
     if any(study.over is None for study in studies.values()):
         job = make_job(run, settings, data)
-        with SearchMetrics(name, studies) as metrics:
+        with SearchMetrics(name, studies, standing) as metrics:
             _run(studies, machines, run, settings, job, folder / "tune", trial, grace_seconds, metrics)
     results = []
     for machine in machines:

@@ -109,6 +109,11 @@ def _trials() -> tuple[Panel, ...]:
             "gbytes",
         ),
         Panel(
+            "Held-out loss of the best candidate",
+            "Of a search for quality. Nats a token, the mean over the languages.",
+            (Query(_largest("best_held_out_loss"), _LEGEND),),
+        ),
+        Panel(
             "Seconds of a trial",
             "From its start to its end, compilation and all.",
             (

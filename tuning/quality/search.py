@@ -20,6 +20,7 @@ from training.driver import locate, prepare_data
 from tuning.config import SearchConfig, TuningConfig
 from tuning.journal import Journal, short_hash
 from tuning.machines import Machine
+from tuning.metrics import SearchMetrics, standing_of_quality
 from tuning.model import base_identity, model_name, model_shape
 from tuning.quality.candidates import Candidate, Curve, baseline, make_candidates
 from tuning.quality.result import QualityResult, make_result
@@ -72,13 +73,31 @@ def search(
     study.begin()
     _announce(study, refused, rows, path)
     if study.over is None:
-        asking = Studies({study.name: study}, lambda _, curve: print(progress(study, curve), flush=True))
-        rule = Halving(asking, study, there=types_there, grace_seconds=grace_seconds)
         job = make_job(run, settings, data, rows)
-        tune_all(asking, rule, [machine], run, tune.with_parameters(trial, job=job), folder / "tune")
+        with SearchMetrics(name, {study.name: study}, standing_of_quality) as metrics:
+            _run(study, machine, run, job, folder / "tune", trial, grace_seconds, metrics)
     result = make_result(study, machine, run, name, rows, versions, command, refused)
     print(result.line(time.monotonic() - began), flush=True)
     return result
+
+
+def _run(
+    study: QualityStudy,
+    machine: Machine,
+    run: TrainingConfig,
+    job: dict[str, Any],
+    folder: Path,
+    trial: Measure,
+    grace_seconds: float,
+    metrics: SearchMetrics,
+) -> None:
+    def told(name: str, curve: Curve) -> None:
+        print(progress(study, curve), flush=True)
+        metrics.told(name, curve)
+
+    asking = Studies({study.name: study}, told)
+    rule = Halving(asking, study, there=types_there, grace_seconds=grace_seconds)
+    tune_all(asking, rule, [machine], run, tune.with_parameters(trial, job=job), folder)
 
 
 class Halving(Watchful, AsyncHyperBandScheduler):
