@@ -14,6 +14,8 @@ from tests.training.running import RESUMED, STEP, Run
 SAVED = 10
 SETTINGS = {"run__maximum_steps": 2 * SAVED, "run__saving_steps": SAVED, "workers__retries": 3}
 STEPS = SETTINGS["run__maximum_steps"]
+NOTICED_SECONDS = 30
+"""within which a lost host is missed, by the settings that `cluster/deploy` ships"""
 LOSS = re.compile(r"step (\d+)/\d+ \[.*?\] loss (\S+),")
 Figures = dict[str, dict[str, Any]]
 
@@ -60,3 +62,4 @@ class Loss:
             "seconds_to_resume": round(seconds_to_resume, 1),
             "seconds_to_first_step": round(seconds_to_step, 1),
         }
+        assert figures[name]["seconds_to_notice"] < NOTICED_SECONDS

@@ -51,11 +51,10 @@ def summary_of(folder: Path, questions: int, *arguments: str) -> dict[str, Any]:
 @pytest.mark.cluster
 def test_half_of_the_demo_s_steps_have_most_thoughts_in_the_language_asked_for(tmp_path: Path) -> None:
     summary = summary_of(tmp_path, 45, "--questions", "1", "--steps", "45")
-    print(summary)
     assert summary["adherence_before"] < 0.10
     assert summary["accuracy_before"] >= 0.75
-    assert summary["adherence_after"] >= 0.80
-    assert summary["accuracy_after"] >= summary["accuracy_before"] - 4 / 45
+    assert summary["adherence_after"] >= 0.75  # 0.90 of 40 when this was written
+    assert summary["accuracy_after"] >= summary["accuracy_before"] - 8 / 45  # 3 / 45 fewer
 
 
 @pytest.mark.cluster
