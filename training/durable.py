@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from training import stopping
 from training.agreement import check_ranks_agree, of_all_ranks, trainable
 from training.checkpoints.buffers import SnapshotBuffers
-from training.checkpoints.rng import Rng, own_rng, set_rng
+from training.checkpoints.rng import Rng, own_rng, rng_kept, set_rng
 from training.checkpoints.snapshot import Snapshot, gather_tensors, restore_snapshot, take_snapshot
 from training.data.order import StepSampler
 from training.guards import StepFigures, StepGuard
@@ -127,7 +127,8 @@ class DurableTrainer(WeightedTrainer):
         return self._gradient_norm
 
     def _evaluate(self, *arguments: Any, **keywords: Any) -> Any:
-        with self.meter.paused():
+        """As transformers'; its loader draws a random number, and dropout would go on otherwise than without it."""
+        with self.meter.paused(), rng_kept():
             return super()._evaluate(*arguments, **keywords)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -12,19 +12,27 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from transformers import GptOssForCausalLM, Mxfp4Config
+from transformers import GptOssForCausalLM, Mxfp4Config, set_seed
 
 from cluster.answers.numbers import read_number
 from cluster.config import load_files
 from cluster.harmony import Codec
+from cluster.storage import Storage
+from tests.benchmarks.distributed_trainer import Metering
+from training.agreement import trainable
 from training.answering import Answering, Question, held_out_questions, shares
+from training.checkpoints.store import CheckpointStore
 from training.config import TrainingConfig
 from training.data.heldout import HeldOut, with_languages
 from training.data.prepare import prepare
 from training.data.shards import read_shards
+from training.durable import DurableTrainer
+from training.keeping import Keeper
 from training.modeling.engine import build_model
 from training.modeling.expert_parallel import ExpertShare
 from training.modeling.sharding import sharding_mesh
+from training.throughput import Meter
+from training.worker import make_trainer
 
 from .processes import spawn_workers, take_place
 
@@ -103,6 +111,45 @@ def test_answering_leaves_no_trace(questions: list[Question], codec: Codec) -> N
     assert model.config._attn_implementation == before
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def trained(held_out: HeldOut, folder: Path, **run: Any) -> DurableTrainer:
+    """After three steps with dropout on one worker; with `run` of settings it evaluates after each."""
+    folder.mkdir()
+    raw = load_files(TrainingConfig, DEMO).model_dump()
+    raw["workers"]["count"], raw["batch"]["micro_batch_size"], raw["lora"]["dropout"] = 1, 2, 0.1
+    raw["data"]["evaluation"] = "training/demo/data/train.jsonl" if run else None
+    raw["run"] |= {"storage": str(folder), "tracker": "none", "maximum_steps": 3, "logging_steps": 1, **run}
+    config = TrainingConfig.model_validate(raw)
+    set_seed(0)
+    model, keeper, meter = build_model(config, CPU, "none"), Keeper(config, folder), Meter(CPU, 0.0, None)
+    rows = held_out.rows.select(range(6)).remove_columns("languages")
+    evaluation = HeldOut(held_out.rows.select(range(2)), held_out.languages) if run else None
+    trainer = make_trainer(config, MODEL, model, rows, evaluation, keeper, meter, folder, [Metering(meter)])
+    with keeper:
+        trainer.train_from(None, folder)
+    return trainer
+
+
+def test_a_run_learns_the_same_whether_it_is_measured_or_not(held_out: HeldOut, tmp_path: Path) -> None:
+    """Its losses, adapters and random numbers, to the bit."""
+    alone = trained(held_out, tmp_path / "alone")
+    measured = trained(
+        held_out, tmp_path / "measured", evaluation_steps=1, evaluation_answers=2, answer_tokens=3, patience=9
+    )
+    lines = [line for line in measured.state.log_history if "eval_complete" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    losses, those = ([line["loss"] for line in each.state.log_history if "loss" in line] for each in (alone, measured))
+    assert len(set(losses)) == 3
+    assert losses == those
+    learned = trainable(measured.model)
+    assert all(torch.equal(weight, learned[name]) for name, weight in trainable(alone.model).items())
+    saved = [open_store_at(tmp_path / name).read(3).rng[0] for name in ("alone", "measured")]
+    assert all(torch.equal(state, saved[1][name]) for name, state in saved[0].items())
+
+
+def open_store_at(folder: Path) -> CheckpointStore:
+    return CheckpointStore(Storage.at(str(folder / "demo")))
 
 
 COMPLETIONS = {

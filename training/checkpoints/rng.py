@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -48,6 +49,16 @@ def set_rng(states: Sequence[Rng], rank: int) -> None:
             torch.cuda.set_rng_state(states[rank]["cuda"])
         else:
             torch.cuda.manual_seed(_seed(states[0], rank))
+
+
+@contextmanager
+def rng_kept() -> Iterator[None]:
+    """Within, random numbers may be drawn; afterwards this process's generators are where they were."""
+    before = own_rng()
+    try:
+        yield
+    finally:
+        set_rng([before], 0)
 
 
 def _set(rng: Rng) -> None:
