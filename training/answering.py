@@ -59,6 +59,12 @@ class Answering:
         self.batches = math.ceil(math.ceil(len(questions) / workers) / rows)
         """of each worker: where layers are gathered or tokens sent, all take part in each other's"""
         self.tags = sorted({question.language for question in questions} - {UNDETERMINED})
+        self.figures = ["complete"]
+        """names of those that `shares` makes of these questions"""
+        if self.tags:
+            self.figures += ["adherence", *(f"adherence_{tag}" for tag in self.tags)]
+        if any(question.expected is not None for question in questions):
+            self.figures.append("right")
         self._filler = questions[0]
         stops = [*codec.stop_tokens]
         self._settings = GenerationConfig(

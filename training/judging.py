@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from training.guards import TrainingStopped
-from training.sections import METRICS, RISING, RunConfig
+from cluster.config import ConfigError
+from training.sections import RISING, RunConfig
 
 History = Sequence[Mapping[str, Any]]
 """lines of transformers' log"""
@@ -29,27 +29,34 @@ def as_loss(metric: str, value: float) -> float:
 class Judge(TrainerCallback):
     """Ends a run, with a checkpoint, once its metric has not improved for a number of evaluations.
 
+    Where a run may end so, or exports its best checkpoint, every evaluation that is the best so far is saved: between
+    two checkpoints it would be lost.
+
     What it goes by is the log, which a run takes up with its checkpoint: one that was killed ends where it would have.
 
     Args:
-        run: of the configuration: `best_metric`, `patience` and `minimum_improvement`.
+        run: of the configuration: `best_metric`, `patience`, `minimum_improvement`, `keep_best` and `export`.
+        languages: tags of those whose held-out loss is measured.
+        answers: figures of the model's own answers, as `training.answering.Answering` names them.
+
+    Raises:
+        ConfigError: `best_metric` is none of what an evaluation measures.
     """
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, languages: Iterable[str] = (), answers: Iterable[str] = ()) -> None:
         self.run = run
+        self.saves_best = run.keep_best and (run.patience is not None or run.export == "best")
+        measured = ["loss", *(f"loss_{tag}" for tag in languages), *answers]
+        if run.best_metric.removeprefix("eval_") not in measured:
+            known = ", ".join(f"eval_{name}" for name in sorted(measured))
+            raise ConfigError(f"run.best_metric = '{run.best_metric}' is not measured: there are {known}")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
-        """Look at the evaluation.
-
-        Raises:
-            TrainingStopped: it has no such metric.
-        """
-        metric = self.run.best_metric
-        if metric not in (metrics or {}):
-            known = sorted(name for name in metrics or {} if re.fullmatch(METRICS, name))
-            raise TrainingStopped(f"run.best_metric = '{metric}' is not measured: there are {', '.join(known)}")
+        """Look at the evaluation, which is in the log already."""
+        if self.saves_best and self._since_best(state.log_history)[0] == 0:
+            control.should_save = True
         if self.is_over(state.log_history) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
             if state.is_world_process_zero:
@@ -58,15 +65,15 @@ class Judge(TrainerCallback):
     def is_over(self, history: History) -> bool:
         """Whether patience has come to its end."""
         patience = self.run.patience
-        return patience is not None and self._since_best(history)[0] >= patience
+        return patience is not None and self._since_best(history, self.run.minimum_improvement)[0] >= patience
 
     def _reason(self, history: History) -> str:
-        since, step, best = self._since_best(history)
+        since, step, best = self._since_best(history, self.run.minimum_improvement)
         return f"{self.run.best_metric} has not improved for {since} evaluations, since its {best:.4f} of step {step}"
 
-    def _since_best(self, history: History) -> tuple[int, int, float]:
-        """Evaluations since the best, its step and its value."""
-        metric, by = self.run.best_metric, self.run.minimum_improvement
+    def _since_best(self, history: History, by: float = 0.0) -> tuple[int, int, float]:
+        """Evaluations since the last that was better by more than `by`, its step and its value."""
+        metric = self.run.best_metric
         values = {int(line["step"]): float(line[metric]) for line in history if metric in line}
         since, step, best = 0, 0, math.nan
         for at, value in values.items():

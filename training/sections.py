@@ -311,7 +311,8 @@ class RunConfig(Config):
     keep_checkpoints: PositiveInt = 2
     """newest checkpoints that are kept"""
     keep_best: bool = True
-    """keep also the checkpoint with the best `best_metric`, where `data.evaluation` is given"""
+    """keep also the checkpoint with the best `best_metric`, where `data.evaluation` is given; with `patience` or
+    `export` of the best, each measurement that is the best so far is a checkpoint"""
     export: Literal["last", "best"] = "last"
     """the finished adapter is that of the last step, or of the checkpoint with the best `best_metric`"""
     seed: NonNegativeInt = 0

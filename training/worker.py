@@ -157,7 +157,10 @@ def make_trainer(
     arguments = trainer_arguments(config, scratch, evaluate=evaluation is not None)
     if shares is not None:
         arguments.gradient_accumulation_steps = shares[arguments.process_index]
-    answering = _answering(config, base, evaluation, arguments) if evaluation else None
+    answering = judge = None
+    if evaluation:
+        answering = _answering(config, base, evaluation, arguments)
+        judge = Judge(config.run, evaluation.languages, answering.figures if answering else ())
     trainer = DurableTrainer(
         model=model,
         args=arguments,
@@ -173,7 +176,7 @@ def make_trainer(
         full_batches=config.compiled,
         languages=evaluation.languages if evaluation else (),
         answering=answering,
-        judge=Judge(config.run) if evaluation else None,
+        judge=judge,
         shares=shares,
         keeper=keeper,
         meter=meter,

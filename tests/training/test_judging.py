@@ -11,11 +11,11 @@ import pytest
 from pydantic import ValidationError
 from transformers import TrainerControl
 
+from cluster.config import ConfigError
 from cluster.storage import Storage
 from tests.training.checkpointing import new_run
 from training.checkpoints.store import CheckpointStore
 from training.config import TrainingConfig
-from training.guards import TrainingStopped
 from training.judging import Judge, as_loss, is_better
 from training.sections import RunConfig
 
@@ -54,7 +54,7 @@ def test_a_run_ends_with_a_checkpoint_once_it_has_not_improved_for_long(capsys: 
         "stopping  at step 60: eval_loss has not improved for 2 evaluations, since its 1.9000 of step 40\n"
     )
     rising = RunConfig(patience=2, best_metric="eval_right", evaluation_answers=8)
-    assert evaluated(Judge(rising), 0.1, 0.2, 0.3, 0.3, 0.3, metric="eval_right")[1] == 5
+    assert evaluated(Judge(rising, answers=["right"]), 0.1, 0.2, 0.3, 0.3, 0.3, metric="eval_right")[1] == 5
     little = RunConfig(patience=2, minimum_improvement=0.1)
     assert evaluated(Judge(little), 3.0, 2.95, 2.92, 2.91)[1] == 3
     assert evaluated(Judge(RunConfig()), 3.0, 4.0, 5.0, 6.0)[1] == 4
@@ -70,12 +70,34 @@ def test_a_run_that_was_killed_decides_as_it_would_have() -> None:
 
 
 def test_a_metric_that_is_not_measured_is_told_with_those_that_are() -> None:
-    judge = Judge(RunConfig(best_metric="eval_loss_ko"))
-    metrics = {"eval_loss": 1.0, "eval_loss_fr": 1.1, "eval_runtime": 3.0}
-    with pytest.raises(
-        TrainingStopped, match=r"run.best_metric = 'eval_loss_ko' is not measured: there are eval_loss, eval_loss_fr$"
-    ):
-        judge.on_evaluate(None, None, None, metrics=metrics)  # type: ignore[arg-type]
+    said = r"run.best_metric = 'eval_loss_ko' is not measured: there are eval_complete, eval_loss, eval_loss_fr$"
+    with pytest.raises(ConfigError, match=said):
+        Judge(RunConfig(best_metric="eval_loss_ko"), ["fr"], ["complete"])
+    with pytest.raises(ConfigError, match="'eval_right' is not measured"):
+        Judge(RunConfig(best_metric="eval_right"), ["fr"], ["complete"])
+    Judge(RunConfig(best_metric="eval_loss_fr"), ["fr"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "saved"),
+    [
+        ({}, []),
+        ({"patience": 9}, [10, 20, 40]),
+        ({"patience": 9, "minimum_improvement": 9.0}, [10, 20, 40]),
+        ({"export": "best"}, [10, 20, 40]),
+        ({"patience": 9, "keep_best": False}, []),
+    ],
+)
+def test_an_evaluation_that_is_the_best_so_far_is_saved_where_it_counts(
+    settings: dict[str, Any], saved: list[int]
+) -> None:
+    judge, history, found = Judge(RunConfig(**settings)), [], []
+    for step, loss in zip((10, 20, 30, 40), (3.0, 2.0, 2.5, 1.9), strict=True):
+        history.append({"step": step, "eval_loss": loss})
+        control, state = TrainerControl(), SimpleNamespace(log_history=history, global_step=step, max_steps=1000)
+        judge.on_evaluate(None, state, control)  # type: ignore[arg-type]
+        found += [step] * control.should_save
+    assert found == saved
 
 
 @pytest.mark.parametrize(
