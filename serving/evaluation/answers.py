@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -89,6 +90,8 @@ class JournalHead(BaseModel):
     sha256: str
     asked_by: str
     sampling: Sampling
+    content: str = ""
+    """of a checkpoint, what its files hold: another model may lie in the same folder later; empty for an endpoint"""
 
 
 def askings(suite: Suite, sampling: Sampling) -> list[Asking]:
@@ -105,10 +108,14 @@ class Journal:
     """Answers of one target in a JSONL file that is written as they come.
 
     Errors are kept in it for whoever reads the file, and asked again by the next run. Only one process writes.
+    Answers of another model that lay in the same folder, or of one that their head does not tell, are set aside.
 
     Args:
         path: of the file; its folder exists.
         head: what it answers.
+
+    Attributes:
+        set_aside: where such answers are now, if there were any.
 
     Raises:
         ConfigError: the file holds answers to something else, or cannot be read or written.
@@ -117,6 +124,7 @@ class Journal:
     def __init__(self, path: Path, head: JournalHead) -> None:
         self.path = path
         self.answers: dict[str, Answer] = {}
+        self.set_aside: Path | None = None
         self._head = head
         try:
             end = self._read() if path.exists() else 0
@@ -158,12 +166,16 @@ class Journal:
             found = JournalHead.model_validate(first)
         except ValidationError:
             raise ConfigError(f"{self.path}:1: this is no journal of an evaluation; name another --out") from None
-        ours, theirs = self._head.model_dump(), found.model_dump()
+        ours, theirs = self._head.model_dump(exclude={"content"}), found.model_dump()
         if differing := [name for name in ours if ours[name] != theirs[name]]:
             raise ConfigError(
                 f"{self.path} holds answers to something else: {', '.join(differing)} differ from this command's; name "
                 "another --out, or give the flags that it was begun with"
             )
+        if found.content != self._head.content:
+            self.set_aside = _free_name(self.path)
+            self.path.rename(self.set_aside)
+            return 0
         for number, record in enumerate(lines, start=2):
             try:
                 answer = Answer.model_validate(record)
@@ -172,6 +184,12 @@ class Journal:
             if not answer.error:
                 self.answers[answer.key] = answer
         return end
+
+
+def _free_name(path: Path) -> Path:
+    """The first of `NAME.1.jsonl`, `NAME.2.jsonl`, … that is not there."""
+    names = (path.with_suffix(f".{number}{path.suffix}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _parsed(lines: Iterable[bytes], path: Path) -> Iterator[Any]:

@@ -20,6 +20,17 @@ def add_to_card(folder: Path, report: Report) -> None:
     No manifest lists that file, so that a verdict on the checkpoint stays.
 
     Raises:
+        ConfigError: as of `read_card`.
+    """
+    text = read_card(folder)
+    with publish_file(folder / CARD) as scratch:
+        scratch.write_text(with_section(text, report), encoding="utf-8")
+
+
+def read_card(folder: Path) -> str:
+    """The model card of a checkpoint, if figures may be added to it: before hours of questions, too.
+
+    Raises:
         ConfigError: there is no card, or the checkpoint was merged when manifests listed it.
     """
     card = folder / CARD
@@ -32,8 +43,7 @@ def add_to_card(folder: Path, report: Report) -> None:
         raise ConfigError(
             f"--card: the manifest of {folder} holds {CARD} to its hash; merge it again, and then evaluate"
         )
-    with publish_file(card) as scratch:
-        scratch.write_text(with_section(text, report), encoding="utf-8")
+    return text
 
 
 def with_section(text: str, report: Report) -> str:

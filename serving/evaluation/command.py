@@ -20,7 +20,7 @@ from cluster.languages import find_language
 from cluster.tables import positive, positive_number
 from serving.evaluation import page
 from serving.evaluation.answers import Answer, Journal, JournalHead, Sampling, askings
-from serving.evaluation.card import add_to_card
+from serving.evaluation.card import add_to_card, read_card
 from serving.evaluation.comparison import compare
 from serving.evaluation.figures import target_figures
 from serving.evaluation.report import Report, SuiteReport, TargetReport, markdown, notes, show
@@ -101,6 +101,9 @@ def main(arguments: Sequence[str]) -> int:
     checkpoints = [target for target in targets[1:] or targets if not target.is_endpoint]
     if flags.card and not checkpoints:
         raise ConfigError("--card: no target is a checkpoint whose model card could hold figures")
+    if flags.card:
+        for target in checkpoints:
+            read_card(Path(target.where))
     sampling = _sampling(flags)
     suite = open_suite(flags.suite, languages=flags.languages, limit=flags.limit)
     require_scorers(suite.items)
@@ -157,8 +160,15 @@ class _Evaluation:
                 sha256=self.suite.sha256,
                 asked_by=target.asked_by,
                 sampling=self.sampling,
+                content=target.content,
             )
             journal = Journal(self.folder / f"answers-{target.name}.jsonl", head)
+            if journal.set_aside:
+                print(
+                    f"{journal.path} was not begun with the model that is in {target.where} now: its answers are kept "
+                    f"as {journal.set_aside.name}, and all questions are asked anew",
+                    file=sys.stderr,
+                )
             found = Run(len(self.wanted))
             self._asked.append((target, found, journal.answers))
             concurrency = flags.concurrency or target.concurrency or CONCURRENCY

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -11,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import httpx
 
+from cluster.artifacts import MANIFEST, sha256_of
 from cluster.config import ConfigError, ConfigParser
 from serving.client.connection import RefusedError, authorization, base_url, raise_for_error, silence
 from serving.config import ServingConfig
@@ -46,6 +48,8 @@ class Target:
     http: httpx.AsyncClient
     concurrency: int | None = None
     """requests that keep it busy, where that is known"""
+    content: str = ""
+    """of a checkpoint, its `content_of`"""
 
 
 def target_names(words: Sequence[str]) -> list[TargetName]:
@@ -95,7 +99,7 @@ async def opened(
         ConfigError: it does not answer, refuses, has several models and none is named, or cannot be loaded.
     """
     async with AsyncExitStack() as running:
-        concurrency = None
+        concurrency, content = None, ""
         headers: dict[str, str] = {}
         if wanted.is_endpoint:
             try:
@@ -104,6 +108,7 @@ async def opened(
                 raise ConfigError(str(error)) from None
             address = wanted.where
         else:
+            content = content_of(Path(wanted.where))
             transport, concurrency = running.enter_context(_LoadedCheckpoint(wanted, settings))
             address = "http://checkpoint"
         http = await running.enter_async_context(
@@ -117,7 +122,28 @@ async def opened(
         )
         model, ours = await _model(http, wanted)
         by: AskedBy = asked_by or ("field" if ours else "instruction")
-        yield Target(wanted.name, wanted.where, model, by, http, concurrency)
+        yield Target(wanted.name, wanted.where, model, by, http, concurrency, content)
+
+
+def content_of(folder: Path) -> str:
+    """A SHA-256 that tells one model in a checkpoint folder from another that lies there later.
+
+    It is that of the hashes in the manifest, so that a merge of the same adapter has the same. A folder without one
+    goes by names, sizes and times of its weights and settings: hashing a base of 13 GB takes longer than many a suite.
+
+    Raises:
+        ConfigError: the manifest cannot be read.
+    """
+    manifest = folder / MANIFEST
+    try:
+        if manifest.is_file():
+            told: object = dict(json.loads(manifest.read_text(encoding="utf-8"))["files"])
+        else:
+            found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
+            told = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--target {folder}: its {MANIFEST} or files cannot be read ({error!r})") from None
+    return sha256_of([json.dumps(told, sort_keys=True).encode()])
 
 
 async def _model(http: httpx.AsyncClient, wanted: TargetName) -> tuple[str, bool]:

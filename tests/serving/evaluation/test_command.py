@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from cluster.artifacts import write_manifest
 from serving.__main__ import main
 from serving.engines.scripted import ScriptedEngine
 from serving.evaluation import targets
@@ -158,6 +159,36 @@ def test_a_checkpoint_is_asked_over_an_engine_without_a_socket(
     assert all("reasoning language: French" in prompt for prompt in prompts)
     assert len({sampling.seed for _, sampling in engine.requests}) == 3
     assert not engine.healthy(), "the engine is stopped in the end"
+
+
+def test_another_model_in_the_same_folder_is_asked_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out, folder = suite_file(tmp_path, "fr", each=2), tmp_path / "out", tmp_path / "merged"
+    folder.mkdir()
+    words = ("--target", f"tuned={folder}", "--suite", file, "--out", out, "--maximum-tokens", 300)
+    asked = []
+    for weights, answers in (("one", ("1", "2")), ("one", ()), ("two", ("8", "9"))):
+        engine = ScriptedEngine([answer(THOUGHTS["fr"], text) for text in answers])
+        monkeypatch.setattr("serving.replica.load_checkpoint", lambda _, engine=engine: (engine, CODEC))
+        (folder / "model.safetensors").write_text(weights)
+        write_manifest(folder, "checkpoint", "base", {})
+        assert evaluate(*words, "--concurrency", 1, "--limits.prompt_tokens", 600) == 0
+        figures = report_of(out).targets[0].figures
+        assert figures is not None
+        assert figures.all.correct is not None
+        asked.append((len(engine.requests), figures.all.correct.value))
+    assert asked == [(2, 1.0), (0, 1.0), (2, 0.0)]
+    assert "its answers are kept as answers-tuned.1.jsonl, and all questions are asked anew" in capsys.readouterr().err
+
+
+def test_a_card_that_takes_no_figures_is_told_before_anything_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert evaluate("--target", tmp_path, "--suite", suite_file(tmp_path, "en"), "--out", out, "--card") == 2
+    assert "is no checkpoint that python -m training merge made" in capsys.readouterr().err
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

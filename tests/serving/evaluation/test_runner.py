@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import httpx
 import pytest
 from aiohttp import web
 
+from cluster.artifacts import write_manifest
 from cluster.config import ConfigError
 from serving.evaluation.answers import Answer, Asking, Journal, JournalHead, Sampling, askings
 from serving.evaluation.runner import Effort, Run, progress_line, request_body, run, to_answer
 from serving.evaluation.suites import Suite
-from serving.evaluation.targets import Target, opened, target_names
+from serving.evaluation.targets import Target, content_of, opened, target_names
 from tests.serving.endpoints import Endpoint, endpoint, refuses
 from tests.serving.evaluation.made import completion, item, knowing, suite
 
@@ -232,6 +234,45 @@ def test_a_journal_survives_a_run_that_was_killed(tmp_path: Path) -> None:
     again.close()
     assert set(Journal(path, head()).answers) == {"a||0", "c||0"}
     assert all(json.loads(line) for line in path.read_bytes().splitlines())
+
+
+def test_answers_of_another_checkpoint_in_the_same_folder_are_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "answers-after.jsonl"
+    for content in ("first", "second", "third"):
+        journal = Journal(path, head(content=content))
+        assert journal.answers == {}
+        journal.add(Answer(key="a||0", answer=content, outcome="complete"))
+        journal.close()
+    assert journal.set_aside == tmp_path / "answers-after.2.jsonl"
+    again = Journal(path, head(content="third"))
+    again.close()
+    assert again.answers["a||0"].answer == "third"
+    assert again.set_aside is None
+    first = Journal(tmp_path / "answers-after.1.jsonl", head(content="first"))
+    first.close()
+    assert first.answers["a||0"].answer == "first", "what was set aside is whole"
+
+
+def test_a_checkpoint_is_known_by_what_its_files_hold(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    bare = content_of(tmp_path)
+    assert content_of(tmp_path) == bare
+    os.utime(tmp_path / "model.safetensors", ns=(1, 1))
+    assert content_of(tmp_path) != bare, "without a manifest a file's time counts"
+    write_manifest(tmp_path, "checkpoint", "base", {"seconds": 1})
+    known = content_of(tmp_path)
+    for name in ("README.md", "verification.json"):
+        (tmp_path / name).write_text("{}")
+        assert content_of(tmp_path) == known, f"{name} is not the model"
+        (tmp_path / name).unlink()
+    write_manifest(tmp_path, "checkpoint", "base", {"seconds": 2})
+    assert content_of(tmp_path) == known, "the same files, merged again"
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    write_manifest(tmp_path, "checkpoint", "base", {"seconds": 2})
+    assert content_of(tmp_path) != known
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"manifest\.json"):
+        content_of(tmp_path)
 
 
 def test_a_journal_answers_one_thing(tmp_path: Path) -> None:
