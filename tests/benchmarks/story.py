@@ -68,16 +68,24 @@ def run_name(variant: str, seed: int) -> str:
 
 
 def train(ray: LocalRay, folder: Path, name: str, layers: str, seed: int, steps: int | None) -> float:
-    """Seconds that the run took when it was made; a run that ended is not made again."""
-    note = folder / name / "seconds"
-    if note.is_file():
-        return float(note.read_text(encoding="utf-8"))
+    """Seconds that the run took when it was made; a run that ended is not made again.
+
+    Raises:
+        SystemExit: the folder holds that run with other settings.
+    """
     words = ["--config", DEMO, "--run.storage", str(folder), "--run.name", name, "--lora.expert_layers", layers]
     words += ["--run.seed", str(seed), "--run.tracker", "none"]
+    words += ["--run.maximum_steps", str(steps)] if steps else []
+    note = folder / name / "made.json"
+    if note.is_file():
+        made = json.loads(note.read_text(encoding="utf-8"))
+        if made["words"] != words:
+            raise SystemExit(f"{note.parent} was made with other settings: name another --folder, or remove it")
+        return float(made["seconds"])
     began = time.monotonic()
-    python(ray, "training", "run", *words, *(["--run.maximum_steps", str(steps)] if steps else []))
+    python(ray, "training", "run", *words)
     taken = round(time.monotonic() - began, 1)
-    note.write_text(str(taken), encoding="utf-8")
+    note.write_text(json.dumps({"words": words, "seconds": taken}), encoding="utf-8")
     return taken
 
 
