@@ -21,12 +21,11 @@ KEYS_FILE = "/etc/raysoner/keys/keys.json"
 HEALTH = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "5",
+    "RAY_health_check_failure_threshold": "3",
     "RAY_grpc_client_keepalive_time_ms": "10000",
     "RAY_grpc_client_keepalive_timeout_ms": "5000",
 }
-"""environment of every Ray process: a host that is cut off counts as dead after some 15 s, by default after 60. With
-three checks a cut of 4 s could cost a host: what TCP sends again waits up to 3 s longer than the cut lasts"""
+"""environment of every Ray process: a host that is cut off counts as dead after some 10 s, by default after 60"""
 OUTLIVING = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
 """where the head comes back: how long hosts wait for it, by default 60 s. KubeRay sets the same on its own"""
 _SECRET_WORDS = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE", re.IGNORECASE)
