@@ -25,15 +25,16 @@ LONGEST = (
     "training/test_demo_run.py",
     "tuning/test_cluster.py",
     "training/test_faults_storage.py",
-    "training/test_stopping.py",
     "training/test_faults_stops.py",
+    "hosts/test_takeover.py",
+    "cluster/test_monitored_work.py",
     "training/test_faults.py",
-    "serving/test_batch_cluster.py",
-    "serving/test_cluster.py",
     "serving/test_autoscaling.py",
     "serving/test_soak.py",
+    "serving/test_cluster.py",
+    "serving/test_batch_cluster.py",
     "training/test_run.py",
-    "training/test_finder.py",
+    "serving/test_logs.py",
 )
 """files that take a minute or more, the longest first; of the first three only one waits for the run `whole`"""
 LONG = os.environ.get("RAYSONER_FAULTS") == "long"

@@ -14,7 +14,8 @@ from .test_demo_run import run_demo
 pytestmark = [pytest.mark.cluster, pytest.mark.fault]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_leaves_nothing_running(tmp_path: Path, sent: signal.Signals) -> None:
     process = run_demo("--runs", str(tmp_path), "--questions", "1")
     assert process.stdout is not None

@@ -208,6 +208,7 @@ def test_a_full_disk_is_told_and_gone_on_from(
         assert weights_of(read_manifest(out, "checkpoint")) == large.hashes
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 @pytest.mark.fault
 def test_ray_tasks_make_the_same_files_also_when_one_is_killed(

@@ -94,6 +94,7 @@ def test_a_job_on_the_cluster_writes_what_one_process_would_and_is_found_again(
     assert read_prepared(folder).efficiency > 0.9
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 @pytest.mark.fault
 def test_a_broken_record_ends_the_job_with_its_place_and_leaves_nothing(

@@ -52,7 +52,11 @@ def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("sharding") / "dense", packed=False)
 
 
-@pytest.fixture(scope="module", params=[(2, 2), (3, 3), (4, 2)], ids=["2", "3", "2x2"])
+@pytest.fixture(
+    scope="module",
+    params=[(2, 2), pytest.param((3, 3), marks=pytest.mark.long), (4, 2)],
+    ids=["2", "3", "2x2"],
+)
 def ranks(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """What each of several processes found: all sharing one copy, the same unevenly, and two copies of two."""
     world, shards = request.param

@@ -172,6 +172,7 @@ def command(ray: LocalRay, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 @pytest.mark.fault
 def test_ray_job_stop_saves(ray_cluster: LocalRay, tmp_path: Path) -> None:
