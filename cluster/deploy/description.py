@@ -23,9 +23,12 @@ HEALTH = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
     "RAY_grpc_client_keepalive_time_ms": "10000",
-    "RAY_grpc_client_keepalive_timeout_ms": "5000",
+    "RAY_grpc_client_keepalive_timeout_ms": "15000",
 }
-"""environment of every Ray process: a host that is cut off counts as dead after some 10 s, by default after 60"""
+"""environment of every Ray process: a host that is cut off counts as dead after some 10 s, by default after 60.
+
+The last is gRPC's TCP_USER_TIMEOUT, too: how long what was sent may stay unacknowledged. With 5 s a cut of 4 s, after
+which TCP takes 2 more to send again, broke connections, and runs with them."""
 OUTLIVING = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
 """where the head comes back: how long hosts wait for it, by default 60 s. KubeRay sets the same on its own"""
 _SECRET_WORDS = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE", re.IGNORECASE)
